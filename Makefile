@@ -1,0 +1,75 @@
+# make demo and make test do everything on a machine with Python 3.10+, g++ and make.
+#
+# PYTHON=python3.12     the Python that makes .venv (ignored inside an active virtualenv)
+# PIP_FLAGS=...         passed to pip install, for instance an index with CPU-only torch wheels
+# MAX_JOBS=2            compilers at a time          TEST_JOBS=2    pytest processes
+# PYTEST_ARGS=...  BENCH_ARGS=...  DEMO_ARGS=...     passed on
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+TEST_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+ifdef VIRTUAL_ENV
+ENV := $(VIRTUAL_ENV)
+else
+ENV := $(CURDIR)/.venv
+endif
+PY := $(ENV)/bin/python
+STAMPS := $(ENV)/.flash_attn_ext
+CXX_SOURCES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' 2>/dev/null)
+
+.PHONY: setup build demo test bench test-abi test-aarch64 lint format clean
+.DEFAULT_GOAL := setup
+
+$(PY):
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "error: $(PYTHON) was not found: install Python 3.10 or newer, or set PYTHON."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: flash_attn_ext needs Python 3.10 or newer, and $$($(PYTHON) --version) was found: set PYTHON."; exit 1; }
+	@$(PYTHON) -m venv $(ENV) || \
+	  { rm -rf $(ENV); echo "error: $(PYTHON) cannot make a virtual environment: install its venv package (Debian, Ubuntu: apt install python3-venv)."; exit 1; }
+
+# Stamps are newer than the files they depend on once the step has been done.
+$(STAMPS)/requirements: requirements-build.txt requirements-dev.txt | $(PY)
+	$(PY) -m pip install $(PIP_FLAGS) -r requirements-build.txt -r requirements-dev.txt
+	@mkdir -p $(STAMPS) && touch $@
+
+# Compiles what has changed; ninja knows what that is.
+build: $(STAMPS)/requirements
+	$(PY) -m build_tools.native
+
+$(STAMPS)/installed: pyproject.toml setup.py requirements-dev.txt $(STAMPS)/requirements | build
+	$(PY) -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation -e .
+	@mkdir -p $(STAMPS) && touch $@
+
+setup: build $(STAMPS)/installed
+
+demo: setup
+	$(PY) examples/demo.py $(DEMO_ARGS)
+
+test: setup
+	$(PY) -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
+
+bench: setup
+	$(PY) -m benchmarks $(BENCH_ARGS)
+
+# One binary, built against the oldest supported torch, passes the tests under it and under the newest.
+test-abi:
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m build_tools.abi $(ABI_ARGS)
+
+# The NEON kernels: cross-compiled, run under user-mode emulation.
+test-aarch64: | $(PY)
+	$(PY) -m build_tools.aarch64
+
+lint: $(STAMPS)/requirements
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(ENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: $(STAMPS)/requirements
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(ENV)/bin/clang-format -i $(CXX_SOURCES)
+
+clean:
+	rm -rf build dist flash_attn_ext/_C.*.so flash_attn_ext/lib *.egg-info

@@ -1,0 +1,97 @@
+// Which keys a query may see: a diagonal band, a key length, a bool mask.
+#pragma once
+
+#include <cstdint>
+
+#include "core/hd.h"
+#include "core/tensor_view.h"
+
+namespace fae {
+
+enum class Causal : uint8_t { kNone, kBottomRight, kTopLeft };
+
+// Half-open range of keys.
+struct KeyRange {
+  int64_t begin;
+  int64_t end;
+  FAE_HD bool empty() const { return begin >= end; }
+};
+
+// Causal masks and windows are one thing: query i sees keys in [i + lo, i + hi].
+// kUnbounded is far beyond any length, and far from overflow when i is added.
+struct Band {
+  static constexpr int64_t kUnbounded = int64_t(1) << 60;
+  int64_t lo = -kUnbounded;
+  int64_t hi = kUnbounded;
+
+  FAE_HD bool unbounded() const { return lo == -kUnbounded && hi == kUnbounded; }
+};
+
+// window_left and window_right follow the API: -1 means unbounded on that side.
+// Windows are shifted by seq_kv - seq_q whatever the causal alignment is.
+FAE_HD inline Band make_band(Causal causal, int64_t window_left, int64_t window_right, int64_t seq_q,
+                             int64_t seq_kv) {
+  const int64_t shift = seq_kv - seq_q;
+  Band band;
+  // A window longer than any sequence is the same as none; this keeps sums small.
+  if (window_left >= 0 && window_left < Band::kUnbounded / 2) band.lo = shift - window_left;
+  if (window_right >= 0 && window_right < Band::kUnbounded / 2) band.hi = shift + window_right;
+  if (causal != Causal::kNone) {
+    const int64_t diagonal = causal == Causal::kBottomRight ? shift : 0;
+    if (diagonal < band.hi) band.hi = diagonal;
+  }
+  return band;
+}
+
+enum class TileClass : uint8_t { kSkip, kFull, kPartial };
+
+// kv_lengths holds int32 or int64 values, one per batch; values are clamped to
+// [0, seq_kv] where they are read.
+struct Lengths {
+  const void* data = nullptr;
+  int64_t stride = 0;
+  bool is_int64 = false;
+
+  FAE_HD int64_t at(int64_t b, int64_t seq_kv) const {
+    if (!data) return seq_kv;
+    const int64_t n = is_int64 ? static_cast<const int64_t*>(data)[b * stride]
+                               : int64_t(static_cast<const int32_t*>(data)[b * stride]);
+    return n < 0 ? 0 : (n > seq_kv ? seq_kv : n);
+  }
+};
+
+struct Masking {
+  Band band;
+  Lengths kv_lengths;
+  View4 mask;  // one byte per element, 0 = hidden; (batch, head_q, query, key)
+};
+
+// Keys that at least one query in [q_begin, q_end) may see under band and length.
+FAE_HD inline KeyRange visible_keys(const Band& band, int64_t kv_length, int64_t q_begin, int64_t q_end) {
+  int64_t begin = q_begin + band.lo;
+  int64_t end = q_end - 1 + band.hi + 1;
+  if (begin < 0) begin = 0;
+  if (end > kv_length) end = kv_length;
+  return {begin, end < begin ? begin : end};
+}
+
+// Queries that may see at least one key in [k_begin, k_end); the transpose of the above.
+FAE_HD inline KeyRange seeing_queries(const Band& band, int64_t seq_q, int64_t k_begin, int64_t k_end) {
+  int64_t begin = k_begin - band.hi;
+  int64_t end = k_end - 1 - band.lo + 1;
+  if (begin < 0) begin = 0;
+  if (end > seq_q) end = seq_q;
+  return {begin, end < begin ? begin : end};
+}
+
+// Class of the tile queries [q_begin, q_end) x keys [k_begin, k_end).
+FAE_HD inline TileClass classify(const Band& band, int64_t kv_length, int64_t q_begin, int64_t q_end,
+                                 int64_t k_begin, int64_t k_end) {
+  const KeyRange seen = visible_keys(band, kv_length, q_begin, q_end);
+  if (seen.end <= k_begin || seen.begin >= k_end) return TileClass::kSkip;
+  // Every query sees every key when the most restricted query on each side does.
+  const bool full = q_end - 1 + band.lo <= k_begin && q_begin + band.hi >= k_end - 1 && k_end <= kv_length;
+  return full ? TileClass::kFull : TileClass::kPartial;
+}
+
+}  // namespace fae

@@ -1,0 +1,231 @@
+// Everything that can be wrong with a call, in the order a reader would check it.
+#include <cmath>
+
+#include "core/describe.h"
+
+namespace fae {
+namespace {
+
+constexpr int64_t kMaxDim = 1024;
+
+using Kind = CallError::Kind;
+
+struct Named {
+  const char* name;
+  const TensorDesc* tensor;
+};
+
+std::string quoted(const Named& t) {
+  return std::string(t.name) + " has shape " + shape_text(*t.tensor);
+}
+
+std::string dtype_text(const TensorDesc& t) {
+  return t.dtype == DType::kOther && t.dtype_name ? t.dtype_name : name_of(t.dtype);
+}
+
+const char* layout_text(int rank, Layout layout) {
+  if (rank == 2) return "(seq, dim)";
+  if (rank == 3) return layout == Layout::kBshd ? "(seq, heads, dim)" : "(heads, seq, dim)";
+  return layout == Layout::kBshd ? "(batch, seq, heads, dim)" : "(batch, heads, seq, dim)";
+}
+
+std::optional<CallError> check_ranks(const CallDesc& call) {
+  const int rank = call.q.rank;
+  if (rank < 2 || rank > 4) {
+    return CallError{Kind::kValue, quoted({"q", &call.q}) + ", but must have 2, 3 or 4 dimensions: " +
+                                       layout_text(4, call.layout) + ", " + layout_text(3, call.layout) + " or " +
+                                       layout_text(2, call.layout)};
+  }
+  for (const Named& t : {Named{"k", &call.k}, Named{"v", &call.v}, Named{"out", &call.out}}) {
+    if (t.tensor->present && t.tensor->rank != rank) {
+      return CallError{Kind::kValue, quoted(t) + ", but must have as many dimensions as q, which has shape " +
+                                         shape_text(call.q)};
+    }
+  }
+  return std::nullopt;
+}
+
+std::optional<CallError> check_dtypes(const CallDesc& call) {
+  if (!is_floating(call.q.dtype)) {
+    return CallError{Kind::kType, "q has dtype " + dtype_text(call.q) +
+                                      ", but must be float16, bfloat16, float32 or float64"};
+  }
+  for (const Named& t : {Named{"k", &call.k}, Named{"v", &call.v}, Named{"out", &call.out}}) {
+    if (t.tensor->present && t.tensor->dtype != call.q.dtype) {
+      return CallError{Kind::kType, std::string(t.name) + " has dtype " + dtype_text(*t.tensor) +
+                                        ", but must have q's dtype " + dtype_text(call.q)};
+    }
+  }
+  if (call.mask.present && call.mask.dtype != DType::kBool) {
+    return CallError{Kind::kType, "mask has dtype " + dtype_text(call.mask) +
+                                      ", but must be bool (True = may attend); additive masks go to bias"};
+  }
+  if (call.bias.present && !is_floating(call.bias.dtype)) {
+    return CallError{Kind::kType, "bias has dtype " + dtype_text(call.bias) +
+                                      ", but must be float16, bfloat16, float32 or float64; bool masks go to mask"};
+  }
+  if (call.kv_lengths.present && call.kv_lengths.dtype != DType::kInt32 && call.kv_lengths.dtype != DType::kInt64) {
+    return CallError{Kind::kType,
+                     "kv_lengths has dtype " + dtype_text(call.kv_lengths) + ", but must be int32 or int64"};
+  }
+  return std::nullopt;
+}
+
+std::optional<CallError> check_devices(const CallDesc& call) {
+  const std::string device = call.q.device;
+  for (const Named& t : {Named{"k", &call.k}, Named{"v", &call.v}, Named{"mask", &call.mask},
+                         Named{"bias", &call.bias}, Named{"kv_lengths", &call.kv_lengths}, Named{"out", &call.out}}) {
+    if (t.tensor->present && device != t.tensor->device) {
+      return CallError{Kind::kValue, std::string(t.name) + " is on device " + t.tensor->device +
+                                         ", but must be on q's device " + device};
+    }
+  }
+  return std::nullopt;
+}
+
+std::optional<CallError> check_shapes(const CallDesc& call) {
+  const Axes4 q = attention_axes(call.q, call.layout);
+  const Axes4 k = attention_axes(call.k, call.layout);
+  const Axes4 v = attention_axes(call.v, call.layout);
+  const std::string in_layout = std::string(" in layout ") + layout_text(call.q.rank, call.layout);
+  const auto differs = [&](const Named& t, const char* axis, const Named& from) {
+    return CallError{Kind::kValue, quoted(t) + in_layout + ", but its " + axis + " must equal that of " + from.name +
+                                       ", which has shape " + shape_text(*from.tensor)};
+  };
+  const Named nq{"q", &call.q}, nk{"k", &call.k}, nv{"v", &call.v};
+  if (k.shape[0] != q.shape[0]) return differs(nk, "batch", nq);
+  if (v.shape[0] != q.shape[0]) return differs(nv, "batch", nq);
+  if (k.shape[3] != q.shape[3]) return differs(nk, "head dim", nq);
+  if (v.shape[1] != k.shape[1]) return differs(nv, "number of heads", nk);
+  if (v.shape[2] != k.shape[2]) return differs(nv, "sequence length", nk);
+  const int64_t heads_q = q.shape[1], heads_kv = k.shape[1];
+  if (heads_kv == 0 ? heads_q != 0 : heads_q % heads_kv != 0) {
+    return CallError{Kind::kValue, "q has " + std::to_string(heads_q) + " heads (shape " + shape_text(call.q) +
+                                       "), but the number must be a multiple of the " + std::to_string(heads_kv) +
+                                       " heads of k (shape " + shape_text(call.k) + ")"};
+  }
+  for (const auto& [t, dim] : {std::pair{nq, q.shape[3]}, std::pair{nv, v.shape[3]}}) {
+    if (dim < 1 || dim > kMaxDim) {
+      return CallError{Kind::kValue, quoted(t) + in_layout + ": its head dim is " + std::to_string(dim) +
+                                         ", but must be between 1 and 1024"};
+    }
+  }
+  return std::nullopt;
+}
+
+std::optional<CallError> check_broadcast(const Named& t, const int64_t full[4]) {
+  if (!t.tensor->present) return std::nullopt;
+  bool fits = t.tensor->rank <= 4;
+  for (int axis = 0; fits && axis < t.tensor->rank; ++axis) {
+    const int64_t size = t.tensor->shape[axis], wanted = full[axis + 4 - t.tensor->rank];
+    fits = size == 1 || size == wanted;
+  }
+  if (fits) return std::nullopt;
+  TensorDesc scores;
+  scores.rank = 4;
+  for (int i = 0; i < 4; ++i) scores.shape[i] = full[i];
+  return CallError{Kind::kValue, quoted(t) + ", but must be broadcastable to (batch, heads_q, seq_q, seq_kv) = " +
+                                     shape_text(scores)};
+}
+
+// Addresses a strided tensor spans: [first, last) in bytes; empty without elements.
+struct Span {
+  uintptr_t first, last;
+};
+
+Span span_of(const TensorDesc& t) {
+  const auto first = reinterpret_cast<uintptr_t>(t.data);
+  int64_t last = 0;
+  for (int i = 0; i < t.rank; ++i) {
+    if (t.shape[i] == 0) return {first, first};
+    last += (t.shape[i] - 1) * t.stride[i];
+  }
+  return {first, first + uintptr_t((last + 1) * size_of(t.dtype))};
+}
+
+// Whether two different indices can name the same element: sorted by stride, every
+// axis must step over all that the smaller ones span.
+bool overlaps_itself(const TensorDesc& t) {
+  int64_t span = 1;
+  bool used[TensorDesc::kMaxRank] = {};
+  for (int i = 0; i < t.rank; ++i) {
+    if (t.shape[i] == 0) return false;
+  }
+  for (int n = 0; n < t.rank; ++n) {
+    int smallest = -1;
+    for (int i = 0; i < t.rank; ++i) {
+      if (!used[i] && (smallest < 0 || t.stride[i] < t.stride[smallest])) smallest = i;
+    }
+    used[smallest] = true;
+    if (t.shape[smallest] == 1) continue;
+    if (t.stride[smallest] < span) return true;
+    span += (t.shape[smallest] - 1) * t.stride[smallest];
+  }
+  return false;
+}
+
+std::optional<CallError> check_out(const CallDesc& call) {
+  if (!call.out.present) return std::nullopt;
+  TensorDesc wanted = call.q;
+  wanted.shape[wanted.rank - 1] = call.v.shape[call.v.rank - 1];
+  for (int i = 0; i < wanted.rank; ++i) {
+    if (call.out.shape[i] != wanted.shape[i]) {
+      return CallError{Kind::kValue, quoted({"out", &call.out}) + ", but must have shape " + shape_text(wanted)};
+    }
+  }
+  if (overlaps_itself(call.out)) {
+    TensorDesc strides = call.out;
+    for (int i = 0; i < strides.rank; ++i) strides.shape[i] = strides.stride[i];
+    return CallError{Kind::kValue, quoted({"out", &call.out}) + " and strides " + shape_text(strides) +
+                                       ", so that several of its elements share memory; it must have none that do"};
+  }
+  if (!call.out.data) return std::nullopt;
+  const Span out = span_of(call.out);
+  for (const Named& t : {Named{"q", &call.q}, Named{"k", &call.k}, Named{"v", &call.v}, Named{"mask", &call.mask},
+                         Named{"bias", &call.bias}, Named{"kv_lengths", &call.kv_lengths}}) {
+    if (!t.tensor->present || !t.tensor->data) continue;
+    const Span in = span_of(*t.tensor);
+    if (in.first < out.last && out.first < in.last && in.first < in.last && out.first < out.last) {
+      return CallError{Kind::kValue, quoted({"out", &call.out}) + " and overlaps the memory of " + t.name +
+                                         ", but must not overlap any input"};
+    }
+  }
+  return std::nullopt;
+}
+
+std::optional<CallError> check_options(const CallDesc& call) {
+  if (call.window_left < -1 || call.window_right < -1) {
+    return CallError{Kind::kValue, "window is (" + std::to_string(call.window_left) + ", " +
+                                       std::to_string(call.window_right) +
+                                       "), but its entries must be None, -1 (unbounded) or at least 0"};
+  }
+  if (call.scale && !std::isfinite(*call.scale)) {
+    return CallError{Kind::kValue, "scale is " + std::to_string(*call.scale) + ", but must be finite"};
+  }
+  if (!std::isfinite(call.softcap) || call.softcap < 0) {
+    return CallError{Kind::kValue,
+                     "softcap is " + std::to_string(call.softcap) + ", but must be finite and at least 0 (0 = none)"};
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
+std::optional<CallError> validate(const CallDesc& call) {
+  if (auto e = check_ranks(call)) return e;
+  if (auto e = check_dtypes(call)) return e;
+  if (auto e = check_devices(call)) return e;
+  if (auto e = check_shapes(call)) return e;
+  const Axes4 q = attention_axes(call.q, call.layout);
+  const int64_t scores[4] = {q.shape[0], q.shape[1], q.shape[2], attention_axes(call.k, call.layout).shape[2]};
+  if (auto e = check_broadcast({"mask", &call.mask}, scores)) return e;
+  if (auto e = check_broadcast({"bias", &call.bias}, scores)) return e;
+  if (call.kv_lengths.present && (call.kv_lengths.rank != 1 || call.kv_lengths.shape[0] != scores[0])) {
+    return CallError{Kind::kValue, quoted({"kv_lengths", &call.kv_lengths}) + ", but must have shape (batch,) = (" +
+                                       std::to_string(scores[0]) + ",)"};
+  }
+  if (auto e = check_options(call)) return e;
+  return check_out(call);
+}
+
+}  // namespace fae

@@ -1,0 +1,48 @@
+// The CPU backend as its callers see it: plan, then run.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "core/problem.h"
+#include "cpu/parallel.h"
+
+namespace fae::cpu {
+
+enum class Isa : uint8_t { kScalar, kAvx2, kAvx512, kAvx512Bf16, kNeon };
+
+const char* name_of(Isa isa);
+// ISAs that this binary holds and this processor runs, best first.
+std::vector<Isa> available_isas();
+// The best available one, or the one that FLASH_ATTN_EXT_CPU_ISA names. Throws
+// std::invalid_argument for a name that is unknown or that cannot run here.
+Isa active_isa();
+
+// What a call will do: chosen from the problem before anything runs.
+struct Plan {
+  Isa isa = Isa::kScalar;
+  const char* kernel = "";     // "f32", "bf16_dot", "f64", ...
+  int register_rows = 0;       // micro-kernel tile, rows x columns
+  int register_cols = 0;
+  int64_t block_q = 0;         // packed query rows per task
+  int64_t block_kv = 0;        // keys packed at a time
+  int64_t tasks = 0;           // per round
+  int64_t chunks = 1;          // backward: row chunks per K/V head that work side by side
+  int threads = 1;
+  size_t worker_bytes = 0;     // workspace of one worker
+  size_t shared_bytes = 0;     // workspace shared by all workers
+  double flops = 0;            // matrix-product FLOPs of visible tiles
+  double bytes = 0;            // compulsory traffic: inputs read once, outputs written once
+  size_t workspace_bytes() const { return worker_bytes * size_t(threads) + shared_bytes; }
+};
+
+Plan plan_forward(const Problem& problem, Isa isa, int threads);
+Plan plan_backward(const Problem& problem, Isa isa, int threads);
+
+// Throw std::bad_alloc when the workspace cannot be had; nothing is written then.
+void forward(const ForwardCall& call, const Plan& plan, const Executor& executor);
+void backward(const BackwardCall& call, const Plan& plan, const Executor& executor);
+
+}  // namespace fae::cpu

@@ -1,0 +1,96 @@
+// The register tile: C[rows][columns] (+)= A[rows][depth] * B[depth][columns].
+//
+// Every matrix product of attention, forward and backward, goes through this one
+// kernel; only what A and B point to differs. A is read by broadcast, so both of
+// its strides are free: P^T costs no transposition. B is a packed panel.
+#pragma once
+
+#include "cpu/gemm/product.h"
+
+namespace fae::cpu::FAE_ISA_NAMESPACE {
+
+enum class Update { kStore, kAdd, kScaleAdd };  // C = AB, C += AB, C = alpha[row] C + AB
+
+// One step of depth covers kPair contraction elements; a_depth and ldb are per step,
+// all strides count Operands (columns of B are kPair Operands wide when kPair > 1).
+template <class P>
+struct TileArgs {
+  using Real = typename P::Vec::Elem;
+  int64_t depth;
+  const typename P::Operand* a;
+  int64_t a_row;
+  int64_t a_depth;
+  const typename P::Operand* b;
+  int64_t ldb;
+  Real* c;
+  int64_t ldc;
+  const Real* alpha;
+};
+
+template <class P, Update kUpdate, int kRows, int kVecs>
+void tile_product(const TileArgs<P>& args) {
+  using V = typename P::Vec;
+  using Reg = typename V::Reg;
+  constexpr int64_t kStep = int64_t(V::kWidth) * P::kPair;
+  Reg acc[kRows][kVecs];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kVecs; ++j) {
+      if constexpr (kUpdate == Update::kScaleAdd) {
+        acc[r][j] = V::mul(V::set1(args.alpha[r]), V::load(args.c + r * args.ldc + j * V::kWidth));
+      } else {
+        acc[r][j] = V::zero();
+      }
+    }
+  }
+  const typename P::Operand* a = args.a;
+  const typename P::Operand* b = args.b;
+  const int64_t a_row = args.a_row, a_depth = args.a_depth, ldb = args.ldb;
+  for (int64_t d = args.depth; d > 0; --d) {
+    Reg column[kVecs];
+#pragma GCC unroll 8
+    for (int j = 0; j < kVecs; ++j) column[j] = P::load(b + j * kStep);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Reg row = P::broadcast(a + r * a_row);
+#pragma GCC unroll 8
+      for (int j = 0; j < kVecs; ++j) acc[r][j] = P::multiply_add(acc[r][j], row, column[j]);
+    }
+    a += a_depth;
+    b += ldb;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kVecs; ++j) {
+      auto* c = args.c + r * args.ldc + j * V::kWidth;
+      if constexpr (kUpdate == Update::kAdd) acc[r][j] = V::add(V::load(c), acc[r][j]);
+      V::store(c, acc[r][j]);
+    }
+  }
+}
+
+// All tile shapes up to the full one, as [rows - 1][vecs - 1].
+template <class P, Update kUpdate>
+struct TileTable {
+  using V = typename P::Vec;
+  using Fn = void (*)(const TileArgs<P>&);
+  Fn fn[V::kTileRows][V::kTileVecs];
+
+  template <int kRows, int kVecs>
+  constexpr void fill() {
+    fn[kRows - 1][kVecs - 1] = &tile_product<P, kUpdate, kRows, kVecs>;
+    if constexpr (kVecs > 1) fill<kRows, kVecs - 1>();
+    else if constexpr (kRows > 1) fill<kRows - 1, V::kTileVecs>();
+  }
+  constexpr TileTable() : fn() { fill<V::kTileRows, V::kTileVecs>(); }
+};
+
+template <class P, Update kUpdate>
+FAE_INLINE void multiply_tile(int rows, int vecs, const TileArgs<P>& args) {
+  static constexpr TileTable<P, kUpdate> table{};
+  table.fn[rows - 1][vecs - 1](args);
+}
+
+}  // namespace fae::cpu::FAE_ISA_NAMESPACE

@@ -1,0 +1,23 @@
+// AVX-512 with the bf16 dot product; the other dtypes share AVX-512's kernels.
+#define FAE_ISA_NAMESPACE avx512bf16
+#include "cpu/isa/prologue.h"
+
+FAE_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+
+#include "cpu/kernel/table.h"
+#include "cpu/simd/bf16_dot.h"
+
+namespace fae::cpu {
+
+const KernelTable& avx512bf16_kernels() {
+  using namespace avx512bf16;
+  static const KernelTable table = {{avx512_kernels().dtype[int(DType::kFloat16)],
+                                     dtype_kernels<Bf16DotProduct, BFloat16>("bf16_dot"),
+                                     avx512_kernels().dtype[int(DType::kFloat32)],
+                                     avx512_kernels().dtype[int(DType::kFloat64)]}};
+  return table;
+}
+
+}  // namespace fae::cpu
+
+FAE_TARGET_END

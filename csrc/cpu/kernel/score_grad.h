@@ -1,0 +1,186 @@
+// Recomputed probabilities P and score gradients dS of one register tile; what the
+// backward pass and the bias gradient have in common.
+//
+//   P = exp(score - lse),  dP = dO V^T,  dS = P * (dP - delta),
+//   delta = rowsum(dO * O) - dlse           (FlashAttention-2, section 3.1)
+#pragma once
+
+#include "cpu/api.h"
+#include "cpu/gemm/micro.h"
+#include "cpu/gemm/pack.h"
+#include "cpu/kernel/arena.h"
+#include "cpu/kernel/score_tile.h"
+
+namespace fae::cpu::FAE_ISA_NAMESPACE {
+
+// In: score values and dP of one row. Out: P and dS, in place; hidden scores (-inf) give
+// exactly 0 for both, whatever dP is.
+template <class V>
+FAE_INLINE void score_gradient_row(typename V::Elem* s, typename V::Elem* dp, const typename V::Elem* slope,
+                                   int64_t columns, typename V::Elem natural, typename V::Elem lse,
+                                   typename V::Elem delta) {
+  using Real = typename V::Elem;
+  using Reg = typename V::Reg;
+  const Reg scale = V::set1(natural), minus_lse = V::set1(-lse), log2e = V::set1(Real(1.4426950408889634));
+  const Reg delta_lanes = V::set1(delta), hidden = V::set1(Real(-__builtin_inf()));
+  for (int64_t j = 0; j < columns; j += V::kWidth) {
+    const Reg score = V::load(s + j);
+    const Reg p = V::exp2(V::mul(V::fma(score, scale, minus_lse), log2e));
+    Reg ds = V::mul(p, V::sub(V::load(dp + j), delta_lanes));
+    ds = V::select(V::equal(score, hidden), V::zero(), ds);
+    V::store(s + j, p);
+    if (slope) {
+      V::store(dp + j, V::mul(ds, V::load(slope + j)));
+    } else {
+      V::store(dp + j, ds);
+    }
+  }
+}
+
+template <class P, class S>
+class ScoreGrad {
+ protected:
+  using V = typename P::Vec;
+  using Real = typename V::Elem;
+  using Operand = typename P::Operand;
+  static constexpr int kRows = V::kTileRows;
+  static constexpr int64_t kStep = kPanel<P> * P::kPair;
+
+  // The keys of a register tile that its rows may see: columns [first, first + keys) of
+  // the block, padded to whole vectors.
+  struct TileRange {
+    int64_t first, keys, columns;
+  };
+
+  ScoreGrad(const BackwardCall& call, const Plan& plan, std::byte* base)
+      : call_(call), p_(call.problem), plan_(plan), scale_(call.problem.score), arena_(base) {
+    dim_operand_ = round_up(p_.dim, P::kPair);
+    dim_v_operand_ = round_up(p_.dim_v, P::kPair);
+    k_columns_ = arena_.take<Operand>(panel_operands<P>(plan.block_kv, p_.dim));
+    v_columns_ = arena_.take<Operand>(panel_operands<P>(plan.block_kv, p_.dim_v));
+    q_ = arena_.take<Operand>(plan.block_q * dim_operand_);
+    dout_ = arena_.take<Operand>(plan.block_q * dim_v_operand_);
+    lse_ = arena_.take<Real>(plan.block_q);
+    delta_ = arena_.take<Real>(plan.block_q);
+    scratch_ = arena_.take<Real>(plan.block_kv);
+    if (p_.score.softcap > 0) slope_ = arena_.take<Real>(kRows * plan.block_kv);
+  }
+
+  // The rows to come are those of `group` query heads from head_begin on, packed.
+  void set_heads(int64_t b, int64_t head_kv, int64_t head_begin, int64_t group) {
+    b_ = b;
+    head_kv_ = head_kv;
+    head_begin_ = head_begin;
+    group_ = group;
+    kv_length_ = p_.masking.kv_lengths.at(b, p_.seq_kv);
+  }
+  RowRef ref(int64_t row) const {
+    const int64_t query = row / group_;
+    return {head_begin_ + row - query * group_, query};
+  }
+  SourceRows<S> rows_of(const View4& x, int64_t head, int64_t row) const {
+    return {static_cast<const S*>(x.data) + x.offset(b_, head, row), x.stride[2], x.stride[3]};
+  }
+
+  void load_keys(int64_t k_begin, int64_t k_end) {
+    k_begin_ = k_begin;
+    k_end_ = k_end;
+    pack_transposed<P>(rows_of(p_.k, head_kv_, k_begin), k_end - k_begin, p_.dim, k_columns_);
+    pack_transposed<P>(rows_of(p_.v, head_kv_, k_begin), k_end - k_begin, p_.dim_v, v_columns_);
+  }
+
+  // Packed rows [begin, end): queries, output gradients, lse and delta.
+  void load_rows(int64_t begin, int64_t end) {
+    row_begin_ = begin;
+    for (int64_t row = begin; row < end; ++row) {
+      const RowRef at = ref(row);
+      const int64_t r = row - begin;
+      const SourceRows<S> out = rows_of(call_.out, at.head, at.query);
+      const SourceRows<S> dout = rows_of(call_.dout, at.head, at.query);
+      pack_operand<P>(rows_of(p_.q, at.head, at.query), 1, p_.dim, q_ + r * dim_operand_);
+      pack_operand<P>(dout, 1, p_.dim_v, dout_ + r * dim_v_operand_);
+      auto sum = V::zero();
+      for (int64_t c = 0; c < p_.dim_v; c += V::kWidth) {
+        const int lanes = int(p_.dim_v - c < V::kWidth ? p_.dim_v - c : V::kWidth);
+        sum = V::fma(load_row<V>(out.data + c * out.column, out.column, lanes),
+                     load_row<V>(dout.data + c * dout.column, dout.column, lanes), sum);
+      }
+      const int64_t flat = (b_ * p_.heads_q + at.head) * p_.seq_q + at.query;
+      const Real lse = static_cast<const Real*>(call_.lse)[flat];
+      // A row without keys: exp(-inf - inf) is 0, exp(-inf + inf) would not be.
+      lse_[r] = lse == Real(-__builtin_inf()) ? Real(__builtin_inf()) : lse;
+      delta_[r] = V::reduce_add(sum);
+      if (call_.dlse) delta_[r] -= static_cast<const Real*>(call_.dlse)[flat];
+    }
+  }
+
+  // P into s and dS into ds, both [rows][ld], for the tile of rows [row, row + rows) of
+  // the loaded ones against the loaded keys; false when no key is seen. Columns outside
+  // `range` are not written. dS is taken before the softcap when `before_softcap`.
+  bool compute_tile(int64_t row, int rows, Real* s, Real* ds, int64_t ld, bool before_softcap, TileRange* range) {
+    RowRef refs[kRows];
+    for (int i = 0; i < rows; ++i) refs[i] = ref(row_begin_ + row + i);
+    const int64_t q_begin = refs[0].query, q_end = refs[rows - 1].query + 1;
+    const KeyRange seen = visible_keys(p_.masking.band, kv_length_, q_begin, q_end);
+    const int64_t begin = seen.begin > k_begin_ ? seen.begin : k_begin_;
+    const int64_t end = seen.end < k_end_ ? seen.end : k_end_;
+    if (begin >= end) return false;
+    bool masked = false;
+    if (p_.masking.mask.present()) {
+      const TileClass mask_class = classify_mask(p_.masking.mask, b_, refs, rows, begin, end);
+      if (mask_class == TileClass::kSkip) return false;
+      masked = mask_class == TileClass::kPartial;
+    }
+    const int64_t first = (begin - k_begin_) / kPanel<P> * kPanel<P>;
+    const int64_t keys = end - k_begin_ - first;
+    const int64_t columns = round_up(keys, V::kWidth);
+    *range = {first, keys, columns};
+    multiply_columns(q_ + row * dim_operand_, dim_operand_, k_columns_, rows, *range, s, ld);
+    multiply_columns(dout_ + row * dim_v_operand_, dim_v_operand_, v_columns_, rows, *range, ds, ld);
+
+    const bool partial = classify(p_.masking.band, kv_length_, q_begin, q_end, k_begin_ + first, end) !=
+                         TileClass::kFull;
+    const ScoreTile<V> tile{s + first, ld, k_begin_ + first, keys, columns, refs, rows};
+    Real* slope = before_softcap ? slope_ : nullptr;
+    finish_scores<V>(p_, b_, kv_length_, partial, masked, tile, scratch_, slope, plan_.block_kv);
+    for (int i = 0; i < rows; ++i) {
+      score_gradient_row<V>(tile.s + i * ld, ds + first + i * ld, slope ? slope + i * plan_.block_kv : nullptr,
+                            columns, scale_.natural, lse_[row + i], delta_[row + i]);
+    }
+    return true;
+  }
+
+  const BackwardCall& call_;
+  const Problem& p_;
+  const Plan& plan_;
+  const ScoreScale<Real> scale_;
+  Arena arena_;
+  int64_t dim_operand_, dim_v_operand_;
+
+  int64_t b_ = 0, head_kv_ = 0, head_begin_ = 0, group_ = 1, kv_length_ = 0;
+  int64_t k_begin_ = 0, k_end_ = 0;  // loaded keys
+  int64_t row_begin_ = 0;            // first loaded packed row
+  Operand* k_columns_;               // panels of block_kv columns, depth dim
+  Operand* v_columns_;               // panels of block_kv columns, depth dim_v
+  Operand* q_;                       // [block_q][dim]
+  Operand* dout_;                    // [block_q][dim_v]
+  Real* lse_;                        // [block_q]
+  Real* delta_;                      // [block_q]
+  Real* scratch_;                    // [block_kv]
+  Real* slope_ = nullptr;            // [kRows][block_kv], with softcap
+
+ private:
+  // c[rows][first .. first + columns) = a b
+  void multiply_columns(const Operand* a, int64_t depth, const Operand* b, int rows, const TileRange& range, Real* c,
+                        int64_t ld) {
+    const int64_t steps = depth / P::kPair;
+    for (int64_t j = 0; j < range.columns; j += kPanel<P>) {
+      const int64_t left = range.columns - j;
+      multiply_tile<P, Update::kStore>(rows, int((left < kPanel<P> ? left : kPanel<P>) / V::kWidth),
+                                       {steps, a, depth, P::kPair, b + (range.first + j) / kPanel<P> * steps * kStep,
+                                        kStep, c + range.first + j, ld, nullptr});
+    }
+  }
+};
+
+}  // namespace fae::cpu::FAE_ISA_NAMESPACE

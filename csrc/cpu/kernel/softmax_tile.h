@@ -1,0 +1,67 @@
+// Online softmax of one row over one tile (Milakov & Gimelshein 2018; FlashAttention).
+#pragma once
+
+#include <math.h>
+
+#include "cpu/gemm/product.h"
+
+namespace fae::cpu::FAE_ISA_NAMESPACE {
+
+inline float log_of(float x) { return ::logf(x); }
+inline double log_of(double x) { return ::log(x); }
+
+template <class V>
+FAE_INLINE typename V::Elem row_maximum(const typename V::Elem* s, int64_t columns) {
+  using Reg = typename V::Reg;
+  Reg a = V::load(s), b = a;
+  int64_t j = V::kWidth;
+  for (; j + 2 * V::kWidth <= columns; j += 2 * V::kWidth) {
+    a = V::max(a, V::load(s + j));
+    b = V::max(b, V::load(s + j + V::kWidth));
+  }
+  if (j < columns) a = V::max(a, V::load(s + j));
+  return V::reduce_max(V::max(a, b));
+}
+
+// Folds `columns` scores into the row's running (max, sum), writes exp(score - max) as
+// operands of the next product to p (p may be s), and returns the factor that takes
+// earlier sums and values to the new maximum. Hidden scores are -inf and become 0.
+template <class P>
+FAE_INLINE typename P::Vec::Elem softmax_row(const typename P::Vec::Elem* s, int64_t columns,
+                                             typename P::Vec::Elem exponent_scale, typename P::Vec::Elem* max,
+                                             typename P::Vec::Elem* sum, typename P::Operand* p) {
+  using V = typename P::Vec;
+  using Reg = typename V::Reg;
+  using Real = typename V::Elem;
+  const Real tile_max = row_maximum<V>(s, columns);
+  const Real new_max = tile_max > *max ? tile_max : *max;
+  // A row that has seen nothing yet: subtracting -inf would make NaN of its -inf scores.
+  const Real shift = new_max == Real(-__builtin_inf()) ? Real(0) : new_max;
+  const Reg shift_lanes = V::set1(shift), scale_lanes = V::set1(exponent_scale);
+  Reg total = V::zero(), other = V::zero();
+  int64_t j = 0;
+  for (; j + 2 * V::kWidth <= columns; j += 2 * V::kWidth) {
+    const Reg x = V::exp2(V::mul(V::sub(V::load(s + j), shift_lanes), scale_lanes));
+    const Reg y = V::exp2(V::mul(V::sub(V::load(s + j + V::kWidth), shift_lanes), scale_lanes));
+    P::store(p + j, x);
+    P::store(p + j + V::kWidth, y);
+    total = V::add(total, x);
+    other = V::add(other, y);
+  }
+  if (j < columns) {
+    const Reg x = V::exp2(V::mul(V::sub(V::load(s + j), shift_lanes), scale_lanes));
+    P::store(p + j, x);
+    total = V::add(total, x);
+  }
+  Real alpha = 1;
+  if (new_max != *max) {
+    Real lanes[V::kWidth];
+    V::store(lanes, V::exp2(V::set1((*max - shift) * exponent_scale)));
+    alpha = lanes[0];
+  }
+  *max = new_max;
+  *sum = *sum * alpha + V::reduce_add(V::add(total, other));
+  return alpha;
+}
+
+}  // namespace fae::cpu::FAE_ISA_NAMESPACE

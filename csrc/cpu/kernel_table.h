@@ -1,0 +1,61 @@
+// What one isa/*.cpp offers: a row of functions per dtype.
+#pragma once
+
+#include <cstddef>
+
+#include "cpu/api.h"
+
+namespace fae::cpu {
+
+struct ForwardKernel {
+  size_t (*workspace)(const ForwardCall&, const Plan&);  // bytes per worker
+  void (*run)(const ForwardCall&, const Plan&, int64_t task, std::byte* workspace);
+};
+
+// dq and dkv are the running sums of one K/V head and of one (head, chunk), in the
+// accumulator type; their sizes are in bytes.
+struct BackwardKernel {
+  size_t (*workspace)(const BackwardCall&, const Plan&);
+  size_t (*dq_bytes)(const Problem&);
+  size_t (*dkv_bytes)(const Problem&, const Plan&);
+  void (*run_head)(const BackwardCall&, const Plan&, int64_t unit, std::byte* workspace);
+  void (*run_chunk)(const BackwardCall&, const Plan&, int64_t unit, int64_t chunk, int64_t k, std::byte* dq,
+                    std::byte* dkv, std::byte* workspace);
+  void (*finish_keys)(const BackwardCall&, const Plan&, int64_t unit, int64_t k, std::byte* dkv,
+                      std::byte* workspace);
+};
+
+struct BiasGradKernel {
+  size_t (*workspace)(const BackwardCall&, const Plan&);
+  int64_t (*tasks)(const BackwardCall&, const Plan&);
+  void (*run)(const BackwardCall&, const Plan&, int64_t task, std::byte* workspace);
+};
+
+// How a kernel computes one dtype.
+struct KernelInfo {
+  const char* name;       // "f32", "bf16_dot", ...
+  int element_bytes;      // of packed operands
+  int accumulator_bytes;
+  int register_rows;
+  int register_cols;
+};
+
+struct DTypeKernels {
+  KernelInfo info;
+  ForwardKernel forward;
+  BackwardKernel backward;
+  BiasGradKernel bias_grad;
+};
+
+struct KernelTable {
+  DTypeKernels dtype[4];  // indexed by DType: float16, bfloat16, float32, float64
+};
+
+// Defined where the ISA is compiled in; never called elsewhere.
+const KernelTable& scalar_kernels();
+const KernelTable& avx2_kernels();
+const KernelTable& avx512_kernels();
+const KernelTable& avx512bf16_kernels();
+const KernelTable& neon_kernels();
+
+}  // namespace fae::cpu

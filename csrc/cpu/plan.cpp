@@ -1,0 +1,133 @@
+// Chooses tile sizes and the split of the work; host arithmetic only.
+#include <algorithm>
+
+#include "cpu/dispatch.h"
+
+namespace fae::cpu {
+namespace {
+
+// What a core keeps close while it works on one block of keys. Half of the smallest
+// second-level cache of current servers (1 MiB); measured flat around it.
+constexpr int64_t kKeyBytes = 400 << 10;
+constexpr int64_t kRowBytes = 800 << 10;
+// Below this much work per thread, waking another thread costs more than it saves.
+constexpr double kFlopsPerThread = 4e5;
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
+
+// The largest multiple of `step` with at most `bytes` at `each`, within [step, most].
+int64_t fitting(int64_t bytes, int64_t each, int64_t step, int64_t most) {
+  return std::clamp(bytes / each / step * step, step, std::max(step, most));
+}
+
+// (query, key) pairs that band and lengths leave visible, over all batches and heads.
+double visible_pairs(const Problem& p) {
+  double pairs = 0;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t length = p.masking.kv_lengths.at(b, p.seq_kv);
+    double rows = 0;
+    if (p.masking.band.unbounded()) {
+      rows = double(p.seq_q) * double(length);
+    } else {
+      for (int64_t i = 0; i < p.seq_q; ++i) {
+        const KeyRange seen = visible_keys(p.masking.band, length, i, i + 1);
+        rows += double(seen.end - seen.begin);
+      }
+    }
+    pairs += rows;
+    if (!p.masking.kv_lengths.data) return rows * double(p.batch) * double(p.heads_q);
+  }
+  return pairs * double(p.heads_q);
+}
+
+double tensor_bytes(const Problem& p) {
+  const double queries = double(p.batch) * double(p.heads_q) * double(p.seq_q);
+  const double keys = double(p.batch) * double(p.heads_kv) * double(p.seq_kv);
+  return double(size_of(p.dtype)) * (queries + keys) * double(p.dim + p.dim_v);
+}
+
+int useful_threads(double flops, int threads) {
+  return int(std::clamp(flops / kFlopsPerThread, 1.0, double(std::max(threads, 1))));
+}
+
+Plan begin_plan(const Problem& p, Isa isa, const KernelInfo& info) {
+  Plan plan;
+  plan.isa = isa;
+  plan.kernel = info.name;
+  plan.register_rows = info.register_rows;
+  plan.register_cols = info.register_cols;
+  plan.bytes = tensor_bytes(p);
+  return plan;
+}
+
+}  // namespace
+
+Plan plan_forward(const Problem& p, Isa isa, int threads) {
+  const DTypeKernels& kernels = kernels_for(isa, p.dtype);
+  const KernelInfo& info = kernels.info;
+  Plan plan = begin_plan(p, isa, info);
+  plan.flops = 2.0 * visible_pairs(p) * double(p.dim + p.dim_v);
+  plan.threads = useful_threads(plan.flops, threads);
+
+  const int64_t key_bytes = (p.dim + p.dim_v) * info.element_bytes;
+  const int64_t row_bytes = p.dim * info.element_bytes + p.dim_v * info.accumulator_bytes;
+  // Depends on the head dims alone, as a row's rounding depends on it.
+  plan.block_kv = fitting(kKeyBytes, key_bytes, info.register_cols, 6 * 64);
+  plan.block_kv = std::min(plan.block_kv, round_up(std::max<int64_t>(p.seq_kv, 1), info.register_cols));
+  const int64_t units = p.batch * p.heads_kv;
+  const int64_t rows = p.packed_rows();
+  if (!p.has_output()) {
+    plan.block_q = info.register_rows;
+    return plan;
+  }
+  // Several tasks per thread, so that causal masks balance, unless they become so short
+  // that packing the keys shows.
+  const int64_t most = fitting(kRowBytes, row_bytes, info.register_rows, 768);
+  const int64_t wanted_tiles = plan.threads == 1 ? 1 : ceil_div(6 * plan.threads, units);
+  const int64_t tiles = std::max(ceil_div(rows, most), std::min(wanted_tiles, ceil_div(rows, 16 * info.register_rows)));
+  plan.block_q = round_up(ceil_div(rows, tiles), info.register_rows);
+  plan.tasks = units * ceil_div(rows, plan.block_q);
+  plan.threads = int(std::min<int64_t>(plan.threads, plan.tasks));
+  ForwardCall call;
+  call.problem = p;
+  plan.worker_bytes = kernels.forward.workspace(call, plan);
+  return plan;
+}
+
+Plan plan_backward(const Problem& p, Isa isa, int threads) {
+  // Numbers that the order of summation depends on come from the problem alone.
+  constexpr int64_t kEnoughTasks = 32;
+  constexpr int64_t kFewestRows = 192;
+  const DTypeKernels& kernels = kernels_for(isa, p.dtype);
+  const KernelInfo& info = kernels.info;
+  Plan plan = begin_plan(p, isa, info);
+  plan.flops = 5.0 * visible_pairs(p) * double(p.dim + p.dim_v);
+  plan.bytes *= 2;
+  plan.threads = useful_threads(plan.flops, threads);
+
+  const int64_t key_bytes =
+      (2 * p.dim + p.dim_v) * info.element_bytes + (p.dim + p.dim_v) * info.accumulator_bytes;
+  // Whole register tiles both as rows (dK, dV) and as columns (scores).
+  const int64_t step = 3 * 64;
+  plan.block_kv = fitting(kKeyBytes, key_bytes, key_bytes > 4096 ? info.register_cols : step, 2 * step);
+  plan.block_kv = std::min(plan.block_kv, round_up(std::max<int64_t>(p.seq_kv, 1), info.register_cols));
+  plan.block_q = 16 * 6;
+  const int64_t rows = p.packed_rows();
+  plan.block_q = std::min(plan.block_q, round_up(std::max<int64_t>(rows, 1), info.register_rows));
+  const int64_t units = p.batch * p.heads_kv;
+  if (units > 0 && units < kEnoughTasks && p.seq_kv > 0) {
+    plan.chunks = std::clamp<int64_t>(rows / kFewestRows, 1, ceil_div(kEnoughTasks, units));
+  }
+  plan.tasks = units * plan.chunks;
+  BackwardCall call;
+  call.problem = p;
+  plan.worker_bytes = std::max(kernels.backward.workspace(call, plan), kernels.bias_grad.workspace(call, plan));
+  if (plan.chunks > 1) {
+    plan.shared_bytes = size_t(units) * kernels.backward.dq_bytes(p) +
+                        size_t(plan.tasks) * kernels.backward.dkv_bytes(p, plan);
+  }
+  return plan;
+}
+
+}  // namespace fae::cpu

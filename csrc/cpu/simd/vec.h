@@ -1,0 +1,28 @@
+// The vector contract, and what is built from it alone.
+//
+// Each ISA header (vec_scalar.h, vec_avx2.h, vec_avx512.h, vec_neon.h) defines, in
+// the namespace that its isa/*.cpp names by FAE_ISA_NAMESPACE, two structs F32 and
+// F64 with these members; kernels use nothing else:
+//
+//   Elem, Reg, Mask         scalar, vector register, lane mask
+//   kWidth                  lanes
+//   kTileRows, kTileVecs    register tile of the micro-kernel: rows x vectors
+//   zero() set1(x) load(p) load_n(p, n) store(p, r) store_n(p, r, n)
+//                           load from Elem, and for F32 from BFloat16 and Float16;
+//                           _n touches the first n lanes only, the others are 0
+//   add sub mul div fma(a, b, c) = a * b + c
+//   max(a, b)               b where either is NaN
+//   less(a, b) equal(a, b) select(mask, a, b)  a where the mask is set
+//   any(mask), bytes_set(p, n)  lanes whose byte p[lane] is not 0
+//   exp2(x)                 2^x for x <= 128; 0 for -inf, NaN for NaN, 1 for 0
+//   reduce_max(r) reduce_add(r)
+//   transpose(r)            kWidth x kWidth block held in r[kWidth], in place
+#pragma once
+
+#include "core/dtype.h"
+
+#ifndef FAE_ISA_NAMESPACE
+#error "include this from an isa/*.cpp, which names its namespace"
+#endif
+
+#define FAE_INLINE inline __attribute__((always_inline))

@@ -1,0 +1,81 @@
+#include "python/call_dict.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace py = pybind11;
+
+namespace fae::python {
+namespace {
+
+// Stands for memory whose address was not given: a mask is then there, but is not read.
+char kSomewhere[1];
+
+DType dtype_of(const std::string& name) {
+  for (const DType dtype : {DType::kFloat16, DType::kBFloat16, DType::kFloat32, DType::kFloat64, DType::kBool,
+                            DType::kInt32, DType::kInt64}) {
+    if (name == name_of(dtype)) return dtype;
+  }
+  return DType::kOther;
+}
+
+bool given(const py::dict& dict, const char* key) { return dict.contains(key) && !dict[key].is_none(); }
+
+template <class T>
+T value_or(const py::dict& dict, const char* key, T otherwise) {
+  return given(dict, key) ? dict[key].cast<T>() : otherwise;
+}
+
+}  // namespace
+
+TensorDesc CallFromDict::tensor(const py::dict& dict, const char* key) {
+  TensorDesc desc;
+  if (!given(dict, key)) return desc;
+  const auto fields = dict[key].cast<py::tuple>();
+  if (fields.size() < 4)
+    throw py::value_error(std::string(key) + " is not (shape, stride, dtype, device[, data_ptr])");
+  const auto shape = fields[0].cast<py::sequence>();
+  const auto stride = fields[1].cast<py::sequence>();
+  if (shape.size() != stride.size()) {
+    throw py::value_error(std::string(key) + " has shape and stride of different lengths");
+  }
+  desc.present = true;
+  names_.push_back(fields[2].cast<std::string>());
+  desc.dtype = dtype_of(names_.back());
+  desc.dtype_name = names_.back().c_str();
+  names_.push_back(fields[3].cast<std::string>());
+  desc.device = names_.back().c_str();
+  desc.rank = int(std::min<size_t>(shape.size(), TensorDesc::kMaxRank));
+  for (int axis = 0; axis < desc.rank; ++axis) {
+    desc.shape[axis] = shape[size_t(axis)].cast<int64_t>();
+    desc.stride[axis] = stride[size_t(axis)].cast<int64_t>();
+  }
+  if (fields.size() > 4) {
+    desc.data = reinterpret_cast<void*>(fields[4].cast<uintptr_t>());
+  } else if (std::strcmp(key, "mask") == 0 || std::strcmp(key, "bias") == 0) {
+    desc.data = kSomewhere;
+  }
+  return desc;
+}
+
+CallFromDict::CallFromDict(const py::dict& dict) {
+  call_.q = tensor(dict, "q");
+  call_.k = tensor(dict, "k");
+  call_.v = tensor(dict, "v");
+  call_.mask = tensor(dict, "mask");
+  call_.bias = tensor(dict, "bias");
+  call_.kv_lengths = tensor(dict, "kv_lengths");
+  call_.out = tensor(dict, "out");
+  call_.layout = value_or<int>(dict, "layout", 0) == 0 ? Layout::kBshd : Layout::kBhsd;
+  const int causal = value_or<int>(dict, "causal", 0);
+  call_.causal = causal == 0 ? Causal::kNone : causal == 1 ? Causal::kBottomRight : Causal::kTopLeft;
+  if (given(dict, "window")) {
+    const auto window = dict["window"].cast<py::sequence>();
+    call_.window_left = window[0].cast<int64_t>();
+    call_.window_right = window[1].cast<int64_t>();
+  }
+  if (given(dict, "scale")) call_.scale = dict["scale"].cast<double>();
+  call_.softcap = value_or<double>(dict, "softcap", 0.0);
+}
+
+}  // namespace fae::python

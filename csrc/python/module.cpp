@@ -1,0 +1,208 @@
+// flash_attn_ext._C: introspection, and attention on arrays of any library.
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/api.h"
+#include "cpu/dispatch.h"
+#include "cpu/std_executor.h"
+#include "python/array_argument.h"
+#include "python/call_dict.h"
+
+namespace py = pybind11;
+
+namespace fae::python {
+namespace {
+
+const char* kind_name(CallError::Kind kind) {
+  switch (kind) {
+    case CallError::Kind::kType: return "type";
+    case CallError::Kind::kNotImplemented: return "not_implemented";
+    default: return "value";
+  }
+}
+
+[[noreturn]] void raise(const CallError& error) {
+  if (error.kind == CallError::Kind::kType) throw py::type_error(error.text);
+  if (error.kind == CallError::Kind::kValue) throw py::value_error(error.text);
+  PyErr_SetString(PyExc_NotImplementedError, error.text.c_str());
+  throw py::error_already_set();
+}
+
+std::string compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#else
+  return "gcc " __VERSION__;
+#endif
+}
+
+// The ISA files of this build; build_tools/native.py lists them in FAE_ISAS.
+std::vector<cpu::Isa> compiled_isas() {
+  const std::string built = "," FAE_ISAS ",";
+  std::vector<cpu::Isa> isas;
+  for (const cpu::Isa isa :
+       {cpu::Isa::kScalar, cpu::Isa::kAvx2, cpu::Isa::kAvx512, cpu::Isa::kAvx512Bf16, cpu::Isa::kNeon}) {
+    if (built.find("," + std::string(cpu::name_of(isa)) + ",") != std::string::npos) isas.push_back(isa);
+  }
+  return isas;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = FAE_VERSION;
+  info["compiler"] = compiler();
+  info["flags"] = FAE_CXX_FLAGS;
+  py::list isas;
+  for (const cpu::Isa isa : compiled_isas()) isas.append(cpu::name_of(isa));
+  info["isas"] = isas;
+  info["cuda"] = false;
+  return info;
+}
+
+py::list cpu_isas() {
+  py::list names;
+  for (const cpu::Isa isa : cpu::available_isas()) names.append(cpu::name_of(isa));
+  return names;
+}
+
+py::list variants() {
+  py::list rows;
+  for (const cpu::Isa isa : compiled_isas()) {
+    for (const DType dtype : {DType::kFloat16, DType::kBFloat16, DType::kFloat32, DType::kFloat64}) {
+      py::dict row;
+      row["isa"] = cpu::name_of(isa);
+      row["dtype"] = name_of(dtype);
+      row["kernel"] = cpu::kernels_for(isa, dtype).info.name;
+      rows.append(row);
+    }
+  }
+  return rows;
+}
+
+cpu::Isa isa_named(const py::object& name) {
+  if (name.is_none()) return cpu::active_isa();
+  const auto wanted = name.cast<std::string>();
+  for (const cpu::Isa isa : cpu::available_isas()) {
+    if (wanted == cpu::name_of(isa)) return isa;
+  }
+  throw py::value_error("isa is '" + wanted + "', which this processor or this build does not have");
+}
+
+py::object validate_call(const py::dict& desc) {
+  const CallFromDict described(desc);
+  const auto error = validate(described.call());
+  if (!error) return py::none();
+  return py::make_tuple(kind_name(error->kind), error->text);
+}
+
+py::dict plan_call(const py::dict& desc, const py::object& isa, int threads, bool backward) {
+  const CallFromDict described(desc);
+  if (const auto error = validate(described.call())) raise(*error);
+  const Problem problem = make_problem(described.call());
+  const cpu::Plan plan = backward ? cpu::plan_backward(problem, isa_named(isa), threads)
+                                  : cpu::plan_forward(problem, isa_named(isa), threads);
+  py::dict result;
+  result["isa"] = cpu::name_of(plan.isa);
+  result["kernel"] = plan.kernel;
+  result["register_tile"] = py::make_tuple(plan.register_rows, plan.register_cols);
+  result["block_q"] = plan.block_q;
+  result["block_kv"] = plan.block_kv;
+  result["tasks"] = plan.tasks;
+  result["chunks"] = plan.chunks;
+  result["threads"] = plan.threads;
+  result["worker_bytes"] = plan.worker_bytes;
+  result["shared_bytes"] = plan.shared_bytes;
+  result["workspace_bytes"] = plan.workspace_bytes();
+  result["flops"] = plan.flops;
+  result["bytes"] = plan.bytes;
+  return result;
+}
+
+py::dict explain_call(const py::dict& desc, const py::object& isa, int threads, bool backward) {
+  py::dict result;
+  result["error"] = validate_call(desc);
+  result["plan"] =
+      result["error"].is_none() ? py::object(plan_call(desc, isa, threads, backward)) : py::none();
+  return result;
+}
+
+// Below this much work a second thread costs more than it saves.
+constexpr double kFlopsPerThread = 2e6;
+
+int threads_for(const Problem& problem) {
+  const double useful = dense_forward_flops(problem) / kFlopsPerThread;
+  const unsigned available = std::thread::hardware_concurrency();
+  return useful < 2 || available < 2 ? 1 : int(useful < double(available) ? useful : double(available));
+}
+
+void flash_attention(const py::object& q, const py::object& k, const py::object& v, const py::object& out,
+                     bool causal, const py::object& scale) {
+  const ArrayArgument q_array("q", q, Access::kRead);
+  const ArrayArgument k_array("k", k, Access::kRead);
+  const ArrayArgument v_array("v", v, Access::kRead);
+  const ArrayArgument out_array("out", out, Access::kWrite);
+  CallDesc call;
+  call.q = q_array.desc();
+  call.k = k_array.desc();
+  call.v = v_array.desc();
+  call.out = out_array.desc();
+  call.causal = causal ? Causal::kBottomRight : Causal::kNone;
+  if (!scale.is_none()) {
+    if (!PyNumber_Check(scale.ptr())) {
+      throw py::type_error("scale is a " + std::string(Py_TYPE(scale.ptr())->tp_name) +
+                           ", expected a number or None");
+    }
+    call.scale = double(py::float_(scale));
+  }
+  if (const auto error = validate(call)) raise(*error);
+
+  ForwardCall forward;
+  forward.problem = make_problem(call);
+  const Axes4 axes = attention_axes(call.out, call.layout);
+  forward.out = {call.out.data, {axes.stride[0], axes.stride[1], axes.stride[2], axes.stride[3]}};
+  const cpu::Isa isa = cpu::active_isa();
+
+  const py::gil_scoped_release released;
+  const cpu::Executor executor = cpu::std_executor(threads_for(forward.problem));
+  cpu::forward(forward, cpu::plan_forward(forward.problem, isa, executor.threads), executor);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native core of flash_attn_ext: introspection, and attention on NumPy, buffer and DLPack arrays.";
+  m.def("build_info", &build_info, "version, compiler, flags, isas (compiled in) and cuda, as a dict.");
+  m.def("cpu_isas", &cpu_isas,
+        "Names of the instruction sets that this build and this processor share, best first.");
+  m.def("variants", &variants, "One dict (isa, dtype, kernel) per compiled kernel.");
+  m.def(
+      "active_isa", [] { return cpu::name_of(cpu::active_isa()); },
+      "The instruction set that calls use now: the best one, or FLASH_ATTN_EXT_CPU_ISA.");
+  m.def("validate", &validate_call, py::arg("desc"),
+        "None if the described call is legal, else (kind, text); kind is 'value', 'type' or "
+        "'not_implemented'.");
+  m.def("plan", &plan_call, py::arg("desc"), py::arg("isa") = py::none(), py::arg("threads") = 1,
+        py::arg("backward") = false,
+        "What the described call would run, as a dict; raises if it is not legal.");
+  m.def("explain", &explain_call, py::arg("desc"), py::arg("isa") = py::none(), py::arg("threads") = 1,
+        py::arg("backward") = false, "{'error': validate(desc), 'plan': plan(desc, ...) or None}.");
+  m.def("flash_attention", &flash_attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
+        py::arg("causal") = false, py::arg("scale") = py::none(),
+        R"(Attention of CPU arrays, written into `out`; releases the GIL.
+
+q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv) and out (B, Sq, Hq, Dv): NumPy arrays, torch
+tensors or any buffer or DLPack objects of one dtype (float16, bfloat16, float32, float64). 3-D arrays
+are (S, H, D), 2-D ones (S, D). causal is aligned bottom right; scale defaults to 1 / sqrt(D).
+
+Raises ValueError or TypeError, naming the argument, before anything is written.
+
+Example:
+    out = np.empty_like(q)
+    _C.flash_attention(q, k, v, out, causal=True)
+)");
+}
+
+}  // namespace fae::python

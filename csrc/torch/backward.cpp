@@ -1,0 +1,103 @@
+#include <string>
+
+#include "cpu/api.h"
+#include "torch/errors.h"
+#include "torch/executor.h"
+#include "torch/ops.h"
+
+namespace fae::torch_ops {
+namespace {
+
+// What the forward pass handed on has one legal shape and dtype each.
+void check_saved(const char* name, const TensorDesc& given, DType dtype, int rank, const int64_t* shape) {
+  TensorDesc expected;
+  expected.rank = rank;
+  for (int axis = 0; axis < rank; ++axis) expected.shape[axis] = shape[axis];
+  bool same = given.rank == rank;
+  for (int axis = 0; same && axis < rank; ++axis) same = given.shape[axis] == shape[axis];
+  if (!same) {
+    raise(CallError::Kind::kValue,
+          std::string(name) + " has shape " + shape_text(given) + ", expected " + shape_text(expected));
+  }
+  if (given.dtype != dtype) {
+    const char* given_name = given.dtype_name ? given.dtype_name : name_of(given.dtype);
+    raise(CallError::Kind::kType,
+          std::string(name) + " has dtype " + given_name + ", expected " + name_of(dtype));
+  }
+  if (std::string(given.device) != "cpu") {
+    raise(CallError::Kind::kValue, std::string(name) + " is on " + given.device + ", expected cpu");
+  }
+}
+
+NewTensor new_like(const TensorDesc& desc) { return new_tensor(desc.dtype, desc.rank, desc.shape); }
+
+}  // namespace
+
+void attention_backward(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outputs*/) {
+  Arguments arguments(stack);
+  CallDesc call;
+  const TensorRef dout = arguments.tensor();
+  TensorRef dlse = arguments.optional_tensor();
+  const TensorRef q = arguments.tensor();
+  const TensorRef k = arguments.tensor();
+  const TensorRef v = arguments.tensor();
+  const TensorRef out = arguments.tensor();
+  TensorRef lse = arguments.tensor();
+  const Options options = take_options(arguments, &call);
+  const bool need_bias_grad = arguments.boolean();
+
+  call.q = describe(q);
+  call.k = describe(k);
+  call.v = describe(v);
+  const TensorDesc out_desc = describe(out);
+  const TensorDesc dout_desc = describe(dout);
+  const TensorDesc lse_desc = describe(lse);
+  const TensorDesc dlse_desc = describe(dlse);
+  check_call(call);
+  int64_t out_shape[4];
+  for (int axis = 0; axis < call.q.rank; ++axis) out_shape[axis] = call.q.shape[axis];
+  out_shape[call.q.rank - 1] = call.v.shape[call.v.rank - 1];
+  check_saved("out", out_desc, call.q.dtype, call.q.rank, out_shape);
+  check_saved("dout", dout_desc, call.q.dtype, call.q.rank, out_shape);
+  int64_t shape[3];
+  const int lse_rank = lse_shape(call.q, call.layout, shape);
+  check_saved("lse", lse_desc, lse_dtype(call.q.dtype), lse_rank, shape);
+  if (dlse) check_saved("dlse", dlse_desc, lse_dtype(call.q.dtype), lse_rank, shape);
+
+  BackwardCall backward;
+  backward.problem = make_problem(call);
+  backward.out = attention_view(out_desc, call.layout);
+  backward.dout = attention_view(dout_desc, call.layout);
+  const NewTensor lse_rows = contiguous(std::move(lse), lse_desc);
+  backward.lse = lse_rows.desc.data;
+  NewTensor dlse_rows;
+  if (dlse) {
+    dlse_rows = contiguous(std::move(dlse), dlse_desc);
+    backward.dlse = dlse_rows.desc.data;
+  }
+
+  NewTensor dq = new_like(call.q);
+  NewTensor dk = new_like(call.k);
+  NewTensor dv = new_like(call.v);
+  backward.dq = attention_view(dq.desc, call.layout);
+  backward.dk = attention_view(dk.desc, call.layout);
+  backward.dv = attention_view(dv.desc, call.layout);
+  const int64_t none = 0;
+  NewTensor dbias;
+  if (need_bias_grad && call.bias.present) {
+    dbias = new_like(call.bias);
+    backward.dbias = broadcast_view(dbias.desc, backward.dbias_shape);
+  } else {
+    dbias = new_tensor(call.q.dtype, 1, &none);
+  }
+
+  const cpu::Executor executor = torch_executor();
+  cpu::backward(backward, cpu::plan_backward(backward.problem, cpu::active_isa(), executor.threads),
+                executor);
+  give(&stack[0], std::move(dq.tensor));
+  give(&stack[1], std::move(dk.tensor));
+  give(&stack[2], std::move(dv.tensor));
+  give(&stack[3], std::move(dbias.tensor));
+}
+
+}  // namespace fae::torch_ops

@@ -1,0 +1,36 @@
+// Tensors of the stable ABI as the core sees them, and back.
+#pragma once
+
+#include "core/describe.h"
+#include "torch/boxed.h"
+
+namespace fae::torch_ops {
+
+enum class Access : uint8_t { kRead, kWrite };
+
+// Shape, strides, dtype, device and data of a tensor; `present` is false for none.
+TensorDesc describe(const TensorRef& tensor, Access access = Access::kRead);
+
+// A new contiguous CPU tensor, uninitialised. `desc` describes it as describe() would.
+struct NewTensor {
+  TensorRef tensor;
+  TensorDesc desc;
+};
+NewTensor new_tensor(DType dtype, int rank, const int64_t* shape);
+
+// The tensor itself if it is contiguous, else a contiguous copy.
+NewTensor contiguous(TensorRef tensor, const TensorDesc& desc);
+
+// A described (batch, heads, seq, dim) tensor as kernels see it.
+inline View4 attention_view(const TensorDesc& desc, Layout layout) {
+  const Axes4 axes = attention_axes(desc, layout);
+  return {desc.data, {axes.stride[0], axes.stride[1], axes.stride[2], axes.stride[3]}};
+}
+
+// Gathers the shape of an LSE: (batch, heads, seq) without the axes that q lacks.
+// Returns its rank.
+int lse_shape(const TensorDesc& q, Layout layout, int64_t shape[3]);
+
+inline DType lse_dtype(DType input) { return input == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
+
+}  // namespace fae::torch_ops

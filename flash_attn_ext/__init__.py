@@ -1,0 +1,38 @@
+"""Exact, memory-efficient attention for PyTorch.
+
+Example:
+    >>> import torch, flash_attn_ext
+    >>> q = k = v = torch.randn(2, 1024, 8, 64)
+    >>> out = flash_attn_ext.flash_attention(q, k, v, causal=True)
+"""
+
+from . import autograd, dispatch, fake
+from ._C import build_info as _build_info
+from .config import AttentionConfig
+from .dispatch import available_backends, set_backend
+from .functional import flash_attention, merge_states
+from .introspect import MemoryEstimate, Plan, build_info, estimate_memory, explain
+from .nn import Attention, create_attention
+from .sdpa import scaled_dot_product_attention, use_flash_attention
+
+__version__: str = _build_info()["version"]
+__all__ = [
+    "Attention",
+    "AttentionConfig",
+    "MemoryEstimate",
+    "Plan",
+    "available_backends",
+    "build_info",
+    "create_attention",
+    "estimate_memory",
+    "explain",
+    "flash_attention",
+    "merge_states",
+    "scaled_dot_product_attention",
+    "set_backend",
+    "use_flash_attention",
+]
+
+dispatch.configure_logging()
+fake.register()
+autograd.register()

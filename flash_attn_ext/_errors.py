@@ -1,0 +1,82 @@
+"""One kind of error text, whichever side found the mistake.
+
+The C++ validator is the only predicate. Its operators raise `RuntimeError` with a
+tagged text; `translate` turns that into the exception that a Python caller expects.
+The plain torch backends ask the same predicate through `check_call`.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from . import _C
+
+_KINDS = {"value": ValueError, "type": TypeError, "not_implemented": NotImplementedError}
+_TAGGED = re.compile(r"\[fae:(\w+)\] (.*)")
+# What torch says when an argument cannot be converted to its schema type.
+_SCHEMA = re.compile(r"Expected a value of type '([^']+)' for argument '(\w+)' but instead found type '([^']+)'")
+
+
+def translate(error: RuntimeError) -> Exception:
+    """The exception to show instead of `error`; `error` itself when it is none of ours."""
+    text = str(error)
+    if tagged := _TAGGED.search(text):
+        return _KINDS[tagged[1]](tagged[2])
+    if schema := _SCHEMA.search(text):
+        expected, name, given = schema.groups()
+        return TypeError(f"{name} must be {_described(expected)}, got {given}")
+    return error
+
+
+def _described(schema_type: str) -> str:
+    optional = schema_type.startswith("Optional[")
+    name = schema_type.removeprefix("Optional[").removesuffix("]")
+    name = "a Tensor" if name == "Tensor" else f"of type {name}"
+    return f"{name} or None" if optional else name
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise a `TypeError` that names `value` when it is not a dense tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+    if value.is_nested or value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense Tensor, got one of layout {'nested' if value.is_nested else value.layout}")
+
+
+def choice(name: str, value: object, allowed: dict):
+    """`allowed[value]`, or an error that lists what is allowed."""
+    try:
+        return allowed[value]
+    except (KeyError, TypeError):
+        kind = ValueError if isinstance(value, (str, int)) else TypeError
+        raise kind(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}") from None
+
+
+def _describe(tensor: torch.Tensor | None) -> tuple | None:
+    if tensor is None:
+        return None
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    place = (tuple(tensor.shape), tuple(tensor.stride()), dtype, tensor.device.type)
+    has_storage = tensor.device.type != "meta" and not isinstance(tensor, torch._subclasses.FakeTensor)
+    return (*place, tensor.data_ptr()) if has_storage else place
+
+
+def call_desc(
+    q, k, v, mask, bias, kv_lengths, layout, causal, window_left, window_right, scale, softcap, out=None
+) -> dict:
+    """The call in the form that `_C.validate` and `_C.plan` read."""
+    named = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "kv_lengths": kv_lengths, "out": out}
+    desc: dict = {name: _describe(tensor) for name, tensor in named.items()}
+    desc.update(
+        layout=layout, causal=causal, window=(window_left, window_right), scale=scale, softcap=softcap
+    )
+    return desc
+
+
+def check_call(*arguments, out: torch.Tensor | None = None) -> None:
+    """Raise what the C++ operators would raise for these arguments (those of `call_desc`)."""
+    if error := _C.validate(call_desc(*arguments, out=out)):
+        kind, text = error
+        raise _KINDS[kind](text)

@@ -1,0 +1,247 @@
+"""What a call would do and why, what it costs, and what this build can do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from . import _C, _errors, dispatch
+from ._problem import LAYOUTS, heads_first, lse_dtype
+from .config import AttentionConfig
+from .functional import CAUSAL, window_bounds
+from .portable import tile_shape
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one attention call is carried out. `str(plan)` is a table for people.
+
+    Attributes:
+        backend: "cpu", "portable" or "standard".
+        kernel: name of the compiled kernel, or of the algorithm.
+        isa: instruction set of the kernel; "torch" where torch's own kernels run.
+        block_q, block_kv: query rows (of all heads that share a K/V head) and keys per tile.
+        register_tile: rows and columns of the micro-kernel, (0, 0) where torch decides.
+        splits: side-by-side pieces per K/V head.
+        tasks: units of work that threads draw from.
+        threads: threads that can work at once.
+        workspace_bytes: memory beyond inputs and outputs.
+        flops: matrix-product FLOPs of the tiles that are computed.
+        bytes: traffic if every input is read once and every output written once.
+        rejected: for each backend that was not chosen, every reason.
+    """
+
+    backend: str
+    kernel: str
+    isa: str
+    block_q: int
+    block_kv: int
+    register_tile: tuple[int, int]
+    splits: int
+    tasks: int
+    threads: int
+    workspace_bytes: int
+    flops: float
+    bytes: float
+    rejected: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def arithmetic_intensity(self) -> float:
+        """FLOPs per byte; 0 where nothing is read or written."""
+        return self.flops / self.bytes if self.bytes else 0.0
+
+    def __str__(self) -> str:
+        rows = {
+            "backend": self.backend,
+            "kernel": f"{self.kernel} ({self.isa})",
+            "tile": f"{self.block_q} query rows x {self.block_kv} keys",
+            "register tile": " x ".join(map(str, self.register_tile)) if any(self.register_tile) else "torch's",
+            "work": f"{self.tasks} tasks, {self.splits} splits, {self.threads} threads",
+            "workspace": format_bytes(self.workspace_bytes),
+            "FLOPs": f"{self.flops:.4g}",
+            "traffic": format_bytes(self.bytes),
+            "intensity": f"{self.arithmetic_intensity:.1f} FLOP/byte",
+        }
+        rows.update({f"not {name}": "; ".join(reasons) for name, reasons in self.rejected.items()})
+        return "\n".join(f"{name:<14} {value}" for name, value in rows.items())
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool | str = False,
+    *,
+    scale: float | None = None,
+    layout: str = "bshd",
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
+    kv_lengths: Tensor | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    batch_invariant: bool = False,
+    backend: str = "auto",
+    config: AttentionConfig | None = None,
+    out: Tensor | None = None,
+    backward: bool = False,
+) -> Plan:
+    """What `flash_attention` would do with the same arguments, without doing it.
+
+    Args:
+        backward: describe the backward pass instead of the forward one.
+        Others: as for `flash_attention`; tensors may be on the meta device.
+
+    Raises:
+        What `flash_attention` would raise.
+
+    Example:
+        >>> q = torch.empty(1, 4096, 8, 64, device="meta")
+        >>> print(explain(q, q, q, causal=True))
+    """
+    for name, tensor in {"q": q, "k": k, "v": v}.items():
+        _errors.check_tensor(name, tensor)
+    config = config or AttentionConfig()
+    chosen = dispatch.resolve(backend, config.backend, q.device, batch_invariant)
+    bounds = (-1, -1) if window is None else window_bounds(window)
+    scale = config.softmax_scale if scale is None else scale
+    call = (
+        q, k, v, mask, bias, kv_lengths, _errors.choice("layout", layout, LAYOUTS),
+        _errors.choice("causal", causal, CAUSAL), *bounds, scale, softcap,
+    )  # fmt: skip
+    _errors.check_call(*call, out=out)
+    threads = torch.get_num_threads()
+    native = _C.plan(_errors.call_desc(*call, out=out), None, threads, backward)
+    rejected = {
+        name: dispatch.objections(name, q.device, batch_invariant) or [_why_not(name, chosen, backend, config)]
+        for name in dispatch.BACKENDS
+        if name not in ("auto", chosen)
+    }
+    if chosen != "cpu":
+        native |= _plan_by_torch(chosen, heads_first(q, call[6]), k.shape[-3 + call[6]], config)
+    return Plan(
+        backend=chosen,
+        splits=native["chunks"],
+        rejected=rejected,
+        **{name: native[name] for name in _NATIVE_FIELDS},
+    )
+
+
+_NATIVE_FIELDS = (
+    "kernel", "isa", "block_q", "block_kv", "register_tile", "tasks", "threads", "workspace_bytes", "flops", "bytes",
+)  # fmt: skip
+
+
+def _why_not(name: str, chosen: str, backend: str, config: AttentionConfig) -> str:
+    if backend != "auto" or config.backend != "auto":
+        return f"backend={chosen!r} was asked for"
+    if not dispatch.is_auto():
+        return f"{chosen!r} is the default that was set"
+    order = dispatch.available_backends()
+    return f"slower than {chosen!r}" if order.index(name) > order.index(chosen) else "not preferred"
+
+
+def _plan_by_torch(name: str, q: Tensor, seq_kv: int, config: AttentionConfig) -> dict:
+    """What differs from the native plan when torch's operations do the work. q: (batch, heads, seq, dim)."""
+    batch, heads, seq_q, _ = q.shape
+    if name == "portable":
+        block_q, block_kv = tile_shape(batch * heads, seq_q, seq_kv, config.block_q or 0, config.block_kv or 0)
+        kernel, element = "online softmax", lse_dtype(q).itemsize
+    else:
+        block_q, block_kv = seq_q, seq_kv
+        kernel, element = "unfused", q.dtype.itemsize
+    tasks = -(-seq_q // max(1, block_q)) * -(-seq_kv // max(1, block_kv))
+    return {
+        "kernel": kernel,
+        "isa": "torch",
+        "register_tile": (0, 0),
+        "block_q": block_q,
+        "block_kv": block_kv,
+        "chunks": 1,
+        "tasks": tasks,
+        "threads": torch.get_num_threads(),
+        # Scores and probabilities of one tile exist together.
+        "workspace_bytes": 2 * batch * heads * block_q * block_kv * element,
+    }
+
+
+def format_bytes(count: float) -> str:
+    """A size for people: "1.5 MiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that a forward pass allocates beyond its inputs."""
+
+    standard_bytes: int  # scores, probabilities and the output
+    flash_bytes: int  # the output and one log-sum-exp per row
+
+    @property
+    def ratio(self) -> float:
+        """How many times more the unfused computation takes."""
+        return self.standard_bytes / self.flash_bytes if self.flash_bytes else 1.0
+
+    def __str__(self) -> str:
+        standard, flash = format_bytes(self.standard_bytes), format_bytes(self.flash_bytes)
+        return f"standard {standard}, flash {flash}, ratio {self.ratio:.1f}"
+
+
+def estimate_memory(
+    batch: int, heads: int, seq_q: int, seq_kv: int, dim: int, dtype: torch.dtype
+) -> MemoryEstimate:
+    """Memory of one attention forward pass, unfused and flash; kept for backward it is the same.
+
+    Args:
+        batch, heads, seq_q, seq_kv, dim: sizes, 0 or more.
+        dtype: of the inputs.
+
+    Returns: an object with `standard_bytes`, `flash_bytes` and `ratio`. Both count the output;
+        standard adds two (batch, heads, seq_q, seq_kv) tensors, flash (batch, heads, seq_q) LSEs.
+        A fixed workspace of about a megabyte per thread is left out.
+
+    Raises:
+        TypeError, ValueError: an argument that is no size or no dtype.
+
+    Example:
+        >>> print(estimate_memory(1, 8, 8192, 8192, 64, torch.float32))
+        standard 4.016 GiB, flash 16.25 MiB, ratio 253.0
+    """
+    sizes = {"batch": batch, "heads": heads, "seq_q": seq_q, "seq_kv": seq_kv, "dim": dim}
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"{name} must be an int, got {size!r}")
+        if size < 0:
+            raise ValueError(f"{name} must be at least 0, got {size}")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+    rows = batch * heads * seq_q
+    out = rows * dim * dtype.itemsize
+    lse = rows * (8 if dtype == torch.float64 else 4)
+    return MemoryEstimate(out + 2 * rows * seq_kv * dtype.itemsize, out + lse)
+
+
+def build_info() -> dict:
+    """How this build was made and what it can do here.
+
+    Returns: a dict with version, compiler, flags, isas (compiled in), cuda (bool), cpu_isas
+        (usable here, best first), active_isa, torch and backends.
+
+    Example:
+        >>> build_info()["active_isa"]
+        'avx512bf16'
+    """
+    return {
+        **_C.build_info(),
+        "cpu_isas": _C.cpu_isas(),
+        "active_isa": _C.active_isa(),
+        "torch": torch.__version__,
+        "backends": dispatch.available_backends(),
+    }

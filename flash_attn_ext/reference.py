@@ -1,0 +1,147 @@
+"""The unfused computation: a whole (seq_q, seq_kv) score matrix in the dtype of the inputs.
+
+`backend="standard"` is this, the baseline that fused attention is compared with; and
+`attention_fp64` is the same in float64, the yardstick of the tests.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ._problem import LAYOUTS, Problem, contract, heads_first, lse_dtype, lse_shape
+
+
+class _SeenProduct(torch.autograd.Function):
+    """weights @ values for weights that are 0 where `seen` is False, and nothing of what is
+    not seen enters the product or its gradients. (..., rows, keys) @ (..., keys, columns)."""
+
+    @staticmethod
+    def forward(weights, seen, values):
+        return contract(weights, seen, values)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weights, seen, values = ctx.saved_tensors
+        return (grad @ values.mT).masked_fill(~seen, 0), None, contract(weights.mT, seen.mT, grad)
+
+
+class _SeenScores(torch.autograd.Function):
+    """q @ k^T where `seen`, 0 elsewhere; gradients likewise."""
+
+    @staticmethod
+    def forward(q, k, seen):
+        return (q @ k.mT).masked_fill(~seen, 0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, seen = ctx.saved_tensors
+        grad = grad.masked_fill(~seen, 0)
+        return contract(grad, seen, k), contract(grad.mT, seen.mT, q), None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    kv_lengths: Tensor | None,
+    layout: int,
+    causal: int,
+    window_left: int,
+    window_right: int,
+    scale: float | None,
+    softcap: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) by the textbook, differentiable by torch's autograd; every intermediate in
+    q's dtype. Arguments are those of the operator `attention_forward`."""
+    p = Problem.make(
+        q, k, v, mask, bias, kv_lengths, layout, causal, window_left, window_right, scale, softcap
+    )
+    seq_q, seq_kv = p.q.shape[3], p.k.shape[2]
+    out = q.new_zeros(*q.shape[:-1], v.shape[-1])
+    if not p.has_work():
+        return out, q.new_full(lse_shape(q, layout) if return_lse else (0,), -math.inf, dtype=lse_dtype(q))
+    # (batch, heads_kv, group * seq_q, seq_kv): query heads of a group are rows of one product.
+    shape = (*p.q.shape[:-1], seq_kv)
+    visible = p.visible(0, seq_q, 0, seq_kv)
+    rows = p.q.flatten(2, 3)
+    if visible is None:
+        s = (rows @ p.k.mT) * p.scale
+    else:
+        visible = visible.expand(shape).flatten(2, 3)
+        s = _SeenScores.apply(rows, p.k, visible) * p.scale
+    if p.softcap:
+        s = torch.tanh(s / p.softcap) * p.softcap
+    if p.bias is not None:
+        s = (s.view(shape) + p.bias).to(q.dtype).flatten(2, 3)
+    if visible is None:
+        weights, nothing = torch.softmax(s, -1), None
+        product = weights @ p.v
+    else:
+        # softmax of a row of -inf is NaN, and so would its gradient be.
+        nothing = ~visible.any(-1, keepdim=True)
+        s = s.masked_fill(~visible, -math.inf).masked_fill(nothing, 0)
+        weights = torch.softmax(s, -1).masked_fill(nothing, 0)
+        product = _SeenProduct.apply(weights, visible, p.v)
+    product = product.unflatten(2, shape[2:4]).flatten(1, 2)
+    out = product if q.dim() == 2 or layout == LAYOUTS["bhsd"] else product.transpose(1, 2)
+    out = out.reshape(*q.shape[:-1], v.shape[-1])
+    if not return_lse:
+        return out, q.new_empty(0, dtype=lse_dtype(q))
+    lse = s.to(lse_dtype(q)).logsumexp(-1)
+    if nothing is not None:
+        lse = lse.masked_fill(nothing.squeeze(-1), -math.inf)
+    return out, lse.view(lse_shape(q, layout))
+
+
+def attention_fp64(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool | str = False,
+    *,
+    scale: float | None = None,
+    layout: str = "bshd",
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
+    kv_lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Exact attention in float64, for comparing with. Differentiable, O(seq_q * seq_kv) memory.
+
+    Arguments: those of `flash_attention`, of any floating dtypes.
+    Returns: (out, lse), both float64.
+    """
+    from .functional import flash_attention
+
+    q, k, v = (t.double() for t in (q, k, v))
+    bias = None if bias is None else bias.double()
+    return flash_attention(
+        q,
+        k,
+        v,
+        causal,
+        scale=scale,
+        layout=layout,
+        mask=mask,
+        bias=bias,
+        window=window,
+        softcap=softcap,
+        kv_lengths=kv_lengths,
+        return_lse=True,
+        backend="standard",
+    )

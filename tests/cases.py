@@ -1,0 +1,343 @@
+"""The one list of attention problems that every backend runs, forward and backward.
+
+A `Case` says shapes and options without a dtype; `build(case, dtype)` makes its tensors, always the same ones
+for the same name. Stride recipes and broadcast patterns are strings, so that a case prints as what it is.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import zlib
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem. `mask` and `bias` are broadcast patterns over the letters b, h, q, k and 1, such as "b11k"."""
+
+    name: str
+    batch: int = 1
+    heads: tuple[int, int] = (2, 2)  # query heads, key/value heads
+    seq: tuple[int, int] = (33, 33)  # queries, keys
+    dim: tuple[int, int] = (16, 16)  # D of q and k, Dv of v
+    layout: str = "bshd"
+    rank: int = 4
+    causal: bool | str = False
+    window: tuple[int | None, int | None] | None = None
+    scale: float | None = None
+    softcap: float = 0.0
+    mask: str | None = None
+    mask_strides: str = "dense"
+    bias: str | None = None
+    bias_strides: str = "dense"
+    bias_dtype: str = "same"
+    bias_neg_inf: bool = False
+    lengths: tuple[int, ...] | None = None
+    lengths_dtype: str = "int32"
+    strides: tuple[str, str, str] = ("dense", "dense", "dense")  # of q, k, v
+    out_grad_strides: str = "dense"
+    use_lse: bool = True  # whether a gradient flows through the LSE
+
+    def options(self) -> dict:
+        """The keyword arguments that are not tensors."""
+        return dict(
+            layout=self.layout, causal=self.causal, window=self.window, scale=self.scale, softcap=self.softcap
+        )
+
+
+@dataclass
+class Inputs:
+    """The tensors of a case; `kwargs()` is what to pass after q, k, v."""
+
+    case: Case
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    dlse: Tensor | None
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    kv_lengths: Tensor | None = None
+
+    def kwargs(self) -> dict:
+        given = {"mask": self.mask, "bias": self.bias, "kv_lengths": self.kv_lengths}
+        return {**self.case.options(), **{n: t for n, t in given.items() if t is not None}}
+
+
+def laid_out(batch: int, heads: int, seq: int, dim: int, layout: str, rank: int) -> tuple[int, ...]:
+    """The shape of a tensor in `layout` and `rank`."""
+    if rank == 2:
+        return (seq, dim)
+    shape = (batch, seq, heads, dim) if layout == "bshd" else (batch, heads, seq, dim)
+    return shape if rank == 4 else shape[1:]
+
+
+def _strided(shape: tuple[int, ...], recipe: str, fill) -> Tensor:
+    """A tensor of `shape` whose memory is as `recipe` says; fill(shape) makes dense values."""
+    n = len(shape)
+    if recipe == "dense":
+        return fill(shape)
+    if recipe == "transposed" and n >= 3:  # the other layout's memory
+        axes = list(range(n))
+        axes[-3], axes[-2] = axes[-2], axes[-3]
+        return fill(tuple(shape[a] for a in axes)).permute(axes)
+    if recipe in ("d_slow", "transposed"):  # the head dim is not the fastest axis
+        return fill((*shape[:-2], shape[-1], shape[-2])).transpose(-1, -2)
+    if recipe == "step2":  # last-dim stride 2
+        return fill((*shape[:-1], 2 * shape[-1]))[..., ::2]
+    if recipe == "rows2":  # every other row and an odd start
+        return fill((*shape[:-2], 2 * shape[-2] + 1, shape[-1]))[..., 1::2, :]
+    if recipe == "offset":  # an unaligned start
+        count = math.prod(shape)
+        return fill((count + 7,))[3 : 3 + count].view(shape)
+    if recipe == "padded":  # a slice of a packed tensor: rows further apart than they are long
+        return fill((*shape[:-1], 3, shape[-1]))[..., 1, :]
+    if recipe.startswith("expand"):  # stride 0 along one axis
+        axis = int(recipe[6:])
+        if shape[axis] == 0:
+            return fill(shape)
+        small = list(shape)
+        small[axis] = 1
+        return fill(tuple(small)).expand(shape)
+    if recipe == "overlap":  # each step of an axis moves less than the axes inside it span
+        strides = [1] * n
+        for a in range(n - 2, -1, -1):
+            strides[a] = max(1, (strides[a + 1] * shape[a + 1]) // 2 + 1)
+        span = 1 + sum((s - 1) * t for s, t in zip(shape, strides, strict=True)) if math.prod(shape) else 0
+        return fill((max(span, 0),)).as_strided(shape, strides)
+    raise ValueError(recipe)
+
+
+def build(case: Case, dtype: torch.dtype) -> Inputs:
+    """The tensors of `case` with q, k, v in `dtype`: the same values at every call."""
+    g = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
+    (heads_q, heads_kv), (seq_q, seq_kv), (dim, dim_v) = case.heads, case.seq, case.dim
+
+    def normal(t):
+        return lambda shape: torch.randn(shape, generator=g, dtype=torch.float64).to(t)
+
+    def qkv(heads, seq, width, recipe):
+        shape = laid_out(case.batch, heads, seq, width, case.layout, case.rank)
+        return _strided(shape, recipe, normal(dtype))
+
+    def broadcast(pattern):
+        sizes = {"b": case.batch, "h": heads_q, "q": seq_q, "k": seq_kv, "1": 1}
+        return tuple(sizes[c] for c in pattern)
+
+    q = qkv(heads_q, seq_q, dim, case.strides[0])
+    k = qkv(heads_kv, seq_kv, dim, case.strides[1])
+    v = qkv(heads_kv, seq_kv, dim_v, case.strides[2])
+    dout = qkv(heads_q, seq_q, dim_v, case.out_grad_strides)
+    lse_shape = {4: (case.batch, heads_q, seq_q), 3: (heads_q, seq_q), 2: (seq_q,)}[case.rank]
+    lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    inputs = Inputs(case, q, k, v, dout, normal(lse_dtype)(lse_shape) if case.use_lse else None)
+
+    if case.mask is not None:
+
+        def holes(shape):
+            allowed = torch.rand(shape, generator=g) < 0.7
+            if "q" in case.mask and len(shape) == len(case.mask):
+                allowed.narrow(case.mask.index("q"), 0, min(2, seq_q)).fill_(False)  # rows that see nothing
+            return allowed
+
+        inputs.mask = _strided(broadcast(case.mask), case.mask_strides, holes)
+    if case.bias is not None:
+        bias_dtype = dtype if case.bias_dtype == "same" else getattr(torch, case.bias_dtype)
+        inputs.bias = _strided(broadcast(case.bias), case.bias_strides, normal(bias_dtype))
+        if case.bias_neg_inf:
+            hidden = torch.rand(inputs.bias.shape, generator=g) < 0.3
+            inputs.bias = inputs.bias.masked_fill(hidden, float("-inf"))
+    if case.lengths is not None:
+        inputs.kv_lengths = torch.tensor(case.lengths, dtype=getattr(torch, case.lengths_dtype))
+    return inputs
+
+
+def _family(prefix: str, cases: list[Case]) -> list[Case]:
+    return [replace(c, name=f"{prefix}-{c.name}") for c in cases]
+
+
+def _sizes() -> list[Case]:
+    """Lengths around every tile boundary, square and not, both layouts in turn."""
+    seqs = [(1, 1), (3, 3), (17, 17), (63, 63), (64, 64), (65, 65), (127, 127), (128, 128), (129, 129), (191, 191),
+            (192, 192), (193, 193), (257, 257), (385, 385), (513, 513), (1, 65), (1, 257), (1, 513), (2, 385), (3, 129),
+            (17, 193), (64, 257), (129, 17), (193, 3), (257, 1), (513, 1), (65, 128), (128, 65)]  # fmt: skip
+    cases = []
+    for n, seq in enumerate(seqs):
+        layout = ("bshd", "bhsd")[n % 2]
+        cases.append(Case(f"{seq[0]}x{seq[1]}", heads=(2, 1), seq=seq, dim=(32, 32), layout=layout))
+        causal = (True, "top_left", "bottom_right")[n % 3]
+        cases.append(
+            Case(f"{seq[0]}x{seq[1]}-causal-{causal}", heads=(2, 2), seq=seq, dim=(40, 24), layout=layout, causal=causal)
+        )
+    return _family("seq", cases)
+
+
+def _dims() -> list[Case]:
+    """Head dims from 1 to 1024, equal and not."""
+    dims = [1, 3, 8, 16, 31, 40, 64, 72, 80, 96, 128, 160, 192, 256, 320, 512, 576, 1024]
+    cases = [Case(f"{d}", seq=(37, 41), dim=(d, d), heads=(2, 1) if d < 512 else (1, 1)) for d in dims]
+    unequal = [(1, 64), (64, 1), (3, 8), (31, 40), (72, 80), (96, 64), (64, 128), (128, 256), (192, 128), (160, 96),
+               (576, 512), (320, 16), (16, 1024), (1024, 3)]  # fmt: skip
+    cases += [
+        Case(f"{d}-{dv}", heads=(2, 2), seq=(35, 66), dim=(d, dv), layout="bhsd", causal=bool(n % 2))
+        for n, (d, dv) in enumerate(unequal)
+    ]
+    return _family("dim", cases)
+
+
+def _heads() -> list[Case]:
+    """Groups 1, 2, 3, 7, 8; batches; ranks 2 and 3."""
+    cases = []
+    for n, (hq, hkv) in enumerate([(1, 1), (3, 3), (4, 2), (2, 1), (6, 2), (3, 1), (7, 1), (14, 2), (8, 1), (16, 2)]):
+        cases.append(Case(f"{hq}of{hkv}", batch=2, heads=(hq, hkv), seq=(19, 67), dim=(24, 16), causal=n % 2 == 1))
+        cases.append(Case(f"{hq}of{hkv}-decode", batch=3, heads=(hq, hkv), seq=(1, 130), dim=(64, 64), layout="bhsd"))
+    for layout in ("bshd", "bhsd"):
+        cases.append(Case(f"rank3-{layout}", heads=(4, 2), seq=(21, 34), rank=3, layout=layout, causal=True))
+        cases.append(Case(f"rank2-{layout}", heads=(1, 1), seq=(21, 34), rank=2, layout=layout, window=(3, 9)))
+    cases.append(Case("rank3-mask", heads=(4, 2), seq=(21, 34), rank=3, mask="hqk", bias="hqk"))
+    cases.append(Case("rank3-mask4", heads=(4, 2), seq=(21, 34), rank=3, mask="1hqk", bias="b1qk", layout="bhsd"))
+    cases.append(Case("rank2-mask", heads=(1, 1), seq=(21, 34), rank=2, mask="qk", bias="qk"))
+    cases.append(Case("rank2-mask4", heads=(1, 1), seq=(21, 34), rank=2, mask="bhqk", bias="11qk"))
+    cases.append(Case("rank3-lengths", heads=(2, 2), seq=(21, 34), rank=3, lengths=(20,)))
+    cases.append(Case("many-batches", batch=9, heads=(3, 3), seq=(5, 7), dim=(8, 8)))
+    return _family("heads", cases)
+
+
+def _zeros() -> list[Case]:
+    """Every axis may have length 0."""
+    base = dict(batch=2, heads=(4, 2), seq=(5, 7), dim=(8, 12))
+    cases = [
+        Case("batch", **{**base, "batch": 0}),
+        Case("seq-q", **{**base, "seq": (0, 7)}),
+        Case("seq-kv", **{**base, "seq": (5, 0)}),
+        Case("both-seqs", **{**base, "seq": (0, 0)}, layout="bhsd"),
+        Case("heads", **{**base, "heads": (0, 2)}),
+        Case("seq-kv-causal", **{**base, "seq": (5, 0)}, causal=True, window=(2, 1)),
+        Case("seq-kv-rank3", heads=(4, 2), seq=(5, 0), rank=3),
+        Case("seq-kv-rank2", heads=(1, 1), seq=(5, 0), rank=2),
+        Case("seq-kv-lengths", **{**base, "seq": (5, 0)}, lengths=(0, 3)),
+        Case("seq-kv-bias", **{**base, "seq": (5, 0)}, bias="bhqk", mask="b1qk"),
+        Case("seq-q-bias", **{**base, "seq": (0, 7)}, bias="11qk", mask="qk"),
+        Case("seq-q-column-bias", **{**base, "seq": (0, 7)}, bias="b11k"),
+        Case("batch-bias", **{**base, "batch": 0}, bias="1hqk"),
+        Case("lengths", **base, lengths=(0, 0), lengths_dtype="int64"),
+    ]
+    return _family("zero", cases)
+
+
+def _bands() -> list[Case]:
+    """Causal alignments and windows, alone and together, with Sq below, at and above Sk."""
+    cases = []
+    windows = [(0, 0), (5, 0), (0, 5), (16, 7), (None, 3), (3, None), (-1, 0), (64, 64), (200, 1), (1, 1000)]
+    shapes = [(70, 70), (33, 101), (101, 33)]
+    for n, window in enumerate(windows):
+        for m, seq in enumerate(shapes):
+            causal = (False, True, "top_left")[(n + m) % 3]
+            cases.append(Case(f"{window[0]}-{window[1]}-{seq[0]}x{seq[1]}-{causal}", seq=seq, window=window, causal=causal,
+                              layout=("bshd", "bhsd")[(n + m) % 2]))  # fmt: skip
+    for seq in [(200, 300), (300, 200)]:
+        for causal in (True, "top_left"):
+            cases.append(Case(f"far-{seq[0]}x{seq[1]}-{causal}", seq=seq, window=(40, 90), causal=causal, heads=(3, 1)))
+            cases.append(Case(f"causal-{seq[0]}x{seq[1]}-{causal}", seq=seq, causal=causal, heads=(4, 2), dim=(64, 64)))
+    cases.append(Case("huge", seq=(20, 30), window=(2**62, 2**40), causal=True))
+    cases.append(Case("decode", seq=(1, 200), window=(50, 0), heads=(8, 2)))
+    return _family("band", cases)
+
+
+def _scores() -> list[Case]:
+    """Scale and softcap."""
+    cases = [Case(f"scale-{s}", seq=(29, 75), scale=s, causal=n % 2 == 0) for n, s in enumerate([0.0, 1.0, -0.3, 1e-3, 2.5])]
+    cases += [Case(f"softcap-{c}", seq=(66, 75), softcap=c, causal=n % 2 == 0) for n, c in enumerate([0.5, 5.0, 30.0, 1e4])]
+    cases += [
+        Case("softcap-scale", seq=(40, 40), softcap=2.0, scale=1.5, bias="1h1k"),
+        Case("softcap-negative-scale", seq=(40, 70), softcap=3.0, scale=-0.7, window=(9, 9)),
+        Case("negative-scale-causal", seq=(140, 140), scale=-1.0, causal=True, dim=(64, 64)),
+        Case("softcap-mask", seq=(40, 70), softcap=3.0, mask="b1qk", heads=(4, 1)),
+        Case("no-lse-grad", seq=(50, 70), causal=True, use_lse=False),
+        Case("no-lse-grad-bias", seq=(50, 70), bias="1hqk", use_lse=False, softcap=4.0),
+    ]
+    return _family("score", cases)
+
+
+PATTERNS = ["bhqk", "bhq1", "bh1k", "bh11", "b1qk", "b1q1", "b11k", "b111", "1hqk", "1hq1", "1h1k", "1h11", "11qk",
+            "11q1", "111k", "1111", "hqk", "1qk", "qk", "1k", "q1", "k", "1"]  # fmt: skip
+
+
+def _masks() -> list[Case]:
+    """Masks, biases and lengths of every broadcast shape, dtype and stride."""
+    bias_dtypes = ["same", "float32", "bfloat16", "float16", "float64"]
+    cases = []
+    for n, pattern in enumerate(PATTERNS):
+        base = dict(batch=2, heads=(4, 2), seq=(39, 70), dim=(16, 24), layout=("bshd", "bhsd")[n % 2])
+        cases.append(Case(f"bool-{pattern}", **base, mask=pattern, causal=n % 3 == 0))
+        cases.append(Case(f"bias-{pattern}-{bias_dtypes[n % 5]}", **base, bias=pattern, bias_dtype=bias_dtypes[n % 5]))
+    base = dict(batch=2, heads=(4, 2), seq=(39, 70), dim=(16, 24))
+    for n, recipe in enumerate(["transposed", "d_slow", "step2", "rows2", "offset", "padded", "expand0", "expand3"]):
+        cases.append(Case(f"bool-{recipe}", **base, mask="bhqk", mask_strides=recipe))
+        cases.append(Case(f"bias-{recipe}", **base, bias="bhqk", bias_strides=recipe, bias_dtype=bias_dtypes[n % 5]))
+    for n, pattern in enumerate(["bhqk", "11qk", "b11k", "qk", "1"]):
+        cases.append(Case(f"neg-inf-{pattern}", **base, bias=pattern, bias_neg_inf=True, bias_dtype=bias_dtypes[n % 3]))
+    for n, lengths in enumerate([(70, 70), (0, 70), (1, 69), (64, 33), (1000, 12), (-3, 5), (2**31 - 1, 0)]):
+        cases.append(Case(f"lengths-{n}", **base, lengths=lengths, lengths_dtype=("int32", "int64")[n % 2],
+                          causal=n % 2 == 0))  # fmt: skip
+    cases.append(Case("lengths-window", **base, lengths=(50, 11), window=(20, 4)))
+    cases.append(Case("lengths-long", batch=3, heads=(2, 1), seq=(3, 400), lengths=(129, 1, 385), dim=(64, 64)))
+    cases.append(Case("lengths-top-left", **base, lengths=(31, 64), causal="top_left"))
+    cases.append(Case("mask-bias-lengths", **base, mask="b11k", bias="1hqk", lengths=(66, 40), causal=True))
+    cases.append(Case("mask-large", heads=(2, 1), seq=(200, 330), mask="1hqk", bias="11qk", bias_neg_inf=True))
+    cases.append(Case("bias-gqa", heads=(6, 2), seq=(66, 130), bias="1hqk", causal=True, dim=(64, 64)))
+    return _family("mask", cases)
+
+
+def _strides() -> list[Case]:
+    """Every stride recipe on each of q, k, v, in both layouts and in the gradient of the output."""
+    recipes = ["transposed", "d_slow", "step2", "rows2", "offset", "padded", "overlap", "expand0", "expand1", "expand2", "expand3"]
+    cases = []
+    for n, recipe in enumerate(recipes):
+        base = dict(batch=2, heads=(4, 2), seq=(35, 70), dim=(20, 12), layout=("bshd", "bhsd")[n % 2])
+        cases.append(Case(f"all-{recipe}", **base, strides=(recipe,) * 3, causal=n % 2 == 0))
+        cases.append(Case(f"dout-{recipe}", **base, out_grad_strides=recipe))
+        other = recipes[(n + 3) % len(recipes)]
+        cases.append(Case(f"mix-{recipe}-{other}", **{**base, "dim": (64, 64)}, strides=("dense", recipe, other)))
+    cases.append(Case("decode-step2", batch=2, heads=(8, 1), seq=(1, 150), dim=(64, 64), strides=("offset", "step2", "d_slow")))
+    cases.append(Case("large-overlap", heads=(2, 1), seq=(129, 200), dim=(40, 40), strides=("overlap",) * 3, causal=True))
+    cases.append(Case("rank2-d-slow", heads=(1, 1), seq=(40, 50), rank=2, strides=("d_slow",) * 3))
+    return _family("stride", cases)
+
+
+def _products(count: int) -> list[Case]:
+    """Draws from all options at once, with one fixed seed."""
+    r = random.Random(20240607)
+    recipes = ["dense", "dense", "transposed", "d_slow", "step2", "rows2", "offset", "padded", "overlap", "expand0", "expand3"]
+    cases = []
+    for n in range(count):
+        batch = r.choice([1, 1, 2, 3])
+        seq = (r.choice([1, 2, 17, 33, 64, 65, 130]), r.choice([1, 5, 31, 64, 65, 129, 190]))
+        lengths = tuple(r.randint(0, seq[1] + 3) for _ in range(batch)) if r.random() < 0.4 else None
+        cases.append(
+            Case(
+                f"{n:03d}", batch=batch, heads=r.choice([(1, 1), (2, 2), (4, 2), (3, 1), (7, 1), (8, 2)]), seq=seq,
+                dim=(r.choice([1, 8, 16, 31, 64, 80]), r.choice([3, 8, 24, 64, 96])), layout=r.choice(["bshd", "bhsd"]),
+                causal=r.choice([False, False, True, "top_left"]),
+                window=r.choice([None, None, (9, 4), (-1, 12), (40, None), (0, 0)]),
+                scale=r.choice([None, None, 0.25, -0.5]), softcap=r.choice([0.0, 0.0, 3.0]),
+                mask=r.choice([None, None, *PATTERNS]), mask_strides=r.choice(["dense", "step2", "offset"]),
+                bias=r.choice([None, None, *PATTERNS]), bias_dtype=r.choice(["same", "float32", "bfloat16"]),
+                bias_neg_inf=r.random() < 0.3, lengths=lengths, lengths_dtype=r.choice(["int32", "int64"]),
+                strides=(r.choice(recipes), r.choice(recipes), r.choice(recipes)), out_grad_strides=r.choice(recipes),
+                use_lse=r.random() < 0.7,
+            )  # fmt: skip
+        )
+    return _family("product", cases)
+
+
+CASES = _sizes() + _dims() + _heads() + _zeros() + _bands() + _scores() + _masks() + _strides() + _products(90)
+assert len({c.name for c in CASES}) == len(CASES), "case names are not unique"
+# One of each family's turns, for checks that need variety more than completeness.
+FEW = CASES[::9]

@@ -1,0 +1,78 @@
+"""Running a case through the package and holding the result against the oracle."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from cases import Case, Inputs, build
+from reference import Result, attend, complaint, to_bhsd, unfused
+from torch import Tensor
+
+import flash_attn_ext as fae
+
+
+@functools.lru_cache(maxsize=16)
+def prepared(case: Case, dtype: torch.dtype) -> tuple[Inputs, Result, Result]:
+    """The inputs of a case, their fp64 reference, and the unfused same-dtype result."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small products: a second thread only gets in the way
+    inputs = build(case, dtype)
+    grads = {"dout": inputs.dout, "dlse": inputs.dlse}
+    exact = attend(inputs.q, inputs.k, inputs.v, **grads, **inputs.kwargs())
+    plain = unfused(inputs.q, inputs.k, inputs.v, **grads, **inputs.kwargs())
+    torch.set_num_threads(threads)
+    return inputs, exact, plain
+
+
+def run(inputs: Inputs, backend: str) -> dict[str, Tensor]:
+    """Forward, LSE and all gradients as the package computes them."""
+    leaves = {n: getattr(inputs, n).detach().requires_grad_() for n in ("q", "k", "v")}
+    if inputs.bias is not None:
+        leaves["bias"] = inputs.bias.detach().requires_grad_()
+    kwargs = {**inputs.kwargs(), **{n: t for n, t in leaves.items() if n == "bias"}}
+    out, lse = fae.flash_attention(
+        leaves["q"], leaves["k"], leaves["v"], return_lse=True, backend=backend, **kwargs
+    )
+    heads, grads = (out, lse), (inputs.dout, inputs.dlse)
+    if inputs.dlse is None:
+        heads, grads = heads[:1], grads[:1]
+    got = dict(zip(leaves, torch.autograd.grad(heads, list(leaves.values()), grads), strict=True))
+    return {"out": out.detach(), "lse": lse.detach(), **{"d" + n: g for n, g in got.items()}}
+
+
+def expected_dtype(name: str, inputs: Inputs) -> torch.dtype:
+    if name == "lse":
+        return torch.float64 if inputs.q.dtype == torch.float64 else torch.float32
+    return inputs.bias.dtype if name == "dbias" else inputs.q.dtype
+
+
+def complaints(got: dict[str, Tensor], inputs: Inputs, exact: Result, plain: Result) -> list[str]:
+    """Every way in which `got` differs from what the contract promises; empty when all is well."""
+    found = []
+    for name, value in got.items():
+        if value.dtype != expected_dtype(name, inputs):
+            found.append(f"{name}: dtype {value.dtype}, expected {expected_dtype(name, inputs)}")
+        extra = {"term": exact.dbias_term, "input_dtype": inputs.q.dtype} if name == "dbias" else {}
+        found.append(complaint(name, value, getattr(exact, name), getattr(plain, name), **extra))
+    # Rows and keys without a partner get exact zeros, not small numbers.
+    unseen = ~exact.visible.any(-1)
+    if unseen.any():
+        for name in ("out", "dq"):
+            if name in got and got[name].numel():
+                rows = to_bhsd(got[name], inputs.case.layout)[unseen]
+                if not torch.equal(rows, torch.zeros_like(rows)):
+                    found.append(f"{name}: rows that see no key are not exactly 0")
+    if exact.visible.numel():
+        heads_kv = inputs.case.heads[1]
+        seen_keys = exact.visible.any(-2).unflatten(1, (heads_kv, -1)).any(2)
+        for name in ("dk", "dv"):
+            if name in got:
+                rows = to_bhsd(got[name], inputs.case.layout)[~seen_keys]
+                if not torch.equal(rows, torch.zeros_like(rows)):
+                    found.append(f"{name}: keys that no query sees are not exactly 0")
+    if "dbias" in got and inputs.case.bias == "bhqk":
+        hidden = got["dbias"][~exact.visible]
+        if not torch.equal(hidden, torch.zeros_like(hidden)):
+            found.append("dbias: hidden entries are not exactly 0")
+    return [line for line in found if line]

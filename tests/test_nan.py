@@ -1,0 +1,166 @@
+"""What is hidden is never read; what is visible propagates, but only to the rows that see it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Case, Inputs, build
+from harness import complaints, run
+from reference import attend, unfused
+
+import flash_attn_ext as fae
+
+NAN, INF = float("nan"), float("inf")
+# Ways to hide keys 40..69 of 70 (and sometimes more) from some or all of 45 queries.
+HIDING = {
+    "mask-keys": Case("keys", mask="b11k"),
+    "mask-full": Case("full", mask="bhqk"),
+    "mask-per-batch": Case("per-batch", mask="b1qk"),
+    "mask-expanded": Case("expanded", mask="11qk"),
+    "bias-neg-inf": Case("neg-inf", bias="bhqk", bias_neg_inf=True),
+    "bias-neg-inf-keys": Case("neg-inf-keys", bias="11k", bias_neg_inf=True),
+    "lengths": Case("lengths", lengths=(40, 13)),
+    "lengths-zero": Case("lengths-zero", lengths=(0, 70), lengths_dtype="int64"),
+    "causal": Case("causal", causal=True),
+    "top-left": Case("top-left", causal="top_left"),
+    "window": Case("window", window=(4, 3)),
+    "window-causal": Case("window-causal", window=(9, None), causal=True),
+    "all": Case("all", mask="b11k", bias="1hqk", bias_neg_inf=True, lengths=(60, 13), causal=True, window=(30, 0)),
+    "softcap": Case("softcap", mask="b1qk", softcap=3.0, lengths=(66, 50)),
+}
+BASE = dict(batch=2, heads=(4, 2), seq=(45, 70), dim=(20, 24))
+
+
+def hiding(name: str, layout: str = "bshd") -> Case:
+    options = {k: v for k, v in vars(HIDING[name]).items() if k not in (*BASE, "layout")}
+    return Case(**{**options, **BASE, "layout": layout})
+
+
+def check(dirty: Inputs, clean: Inputs, backend: str):
+    """Against the fp64 rules, with the error that the unfused computation makes on the clean inputs."""
+    grads = {"dout": dirty.dout, "dlse": dirty.dlse}
+    exact = attend(dirty.q, dirty.k, dirty.v, **grads, **dirty.kwargs())
+    plain = unfused(clean.q, clean.k, clean.v, dout=clean.dout, dlse=clean.dlse, **clean.kwargs())
+    found = complaints(run(dirty, backend), dirty, exact, plain)
+    assert not found, "\n".join(found)
+
+
+def poison(x: torch.Tensor, rows: torch.Tensor, layout: str, value: float) -> torch.Tensor:
+    """A copy of `x` with `value` in some elements of the chosen rows: bool (B, H, S)."""
+    x = x.clone()
+    view = x.transpose(1, 2) if layout == "bshd" else x
+    spots = rows[..., None] & (torch.arange(view.shape[-1]) % 5 == 2)
+    view[spots] = value
+    return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("hide", HIDING)
+def test_hidden_keys_and_values_are_not_read(hide, dtype, target):
+    """NaN and Inf in every key and value that no query of its group sees, and in every row that sees nothing."""
+    layout = "bhsd" if dtype == torch.float32 else "bshd"
+    clean = build(hiding(hide, layout), dtype)
+    seen = attend(clean.q, clean.k, clean.v, **clean.kwargs()).visible
+    blind = ~seen.any(-1)
+    unseen = ~seen.any(-2).unflatten(1, (2, 2)).any(2)
+    for value in (NAN, INF, -INF):
+        dirty = build(clean.case, dtype)
+        dirty.k = poison(dirty.k, unseen, layout, value)
+        dirty.v = poison(dirty.v, unseen, layout, value)
+        dirty.q = poison(dirty.q, blind, layout, value)
+        dirty.dout = poison(dirty.dout, blind, layout, value)
+        dirty.dlse = dirty.dlse.masked_fill(blind, value)
+        got, expected = run(dirty, target.backend), run(clean, target.backend)
+        for name in got:
+            assert torch.equal(got[name], expected[name]), (name, value)
+    check(dirty, clean, target.backend)
+
+
+@pytest.mark.parametrize("where", ["k", "v", "kv", "q", "dout", "dlse"])
+@pytest.mark.parametrize("hide", HIDING)
+def test_a_visible_nan_touches_only_the_rows_that_see_it(hide, where, target):
+    """In partially masked tiles too, forward and backward."""
+    clean, dirty = build(hiding(hide), torch.float32), build(hiding(hide), torch.float32)
+    keys, queries = torch.zeros(2, 2, 70, dtype=torch.bool), torch.zeros(2, 4, 45, dtype=torch.bool)
+    keys[0, 1, 20] = keys[1, 0, 11] = keys[1, 1, 41] = True
+    queries[0, 2, 7] = queries[1, 1, 44] = True
+    for name in ("k", "v"):
+        if name in where:
+            setattr(dirty, name, poison(getattr(dirty, name), keys, "bshd", NAN))
+    if where in ("q", "dout"):
+        setattr(dirty, where, poison(getattr(dirty, where), queries, "bshd", NAN))
+    if where == "dlse":
+        dirty.dlse = dirty.dlse.masked_fill(queries, NAN)
+    check(dirty, clean, target.backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_hidden_bias_values_are_not_read(dtype, target):
+    case = Case("bias", **BASE, bias="bhqk", mask="b1qk", lengths=(60, 20), causal=True)
+    clean, dirty = build(case, dtype), build(case, dtype)
+    seen = attend(clean.q, clean.k, clean.v, **clean.kwargs()).visible
+    dirty.bias = dirty.bias.masked_fill(~seen, NAN)
+    got, expected = run(dirty, target.backend), run(clean, target.backend)
+    assert all(torch.equal(got[n], expected[n]) for n in got)
+    dirty.bias[1, 2, 44, 3] = dirty.bias[0, 3, 30, 30] = NAN
+    check(dirty, clean, target.backend)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
+@pytest.mark.parametrize("where", ["k", "v"])
+def test_partly_visible_values_are_hidden_from_the_others(where, value, target):
+    """A causal batch: a bad value in the last key, which only the last query sees."""
+    case = Case("last", heads=(2, 1), seq=(130, 130), dim=(16, 16), causal=True)
+    clean, dirty = build(case, torch.float32), build(case, torch.float32)
+    getattr(dirty, where)[:, -1] = value
+    got = fae.flash_attention(dirty.q, dirty.k, dirty.v, causal=True, backend=target.backend)
+    expected = fae.flash_attention(clean.q, clean.k, clean.v, causal=True, backend=target.backend)
+    assert torch.equal(got[:, :-1], expected[:, :-1])
+    assert not torch.isfinite(got[:, -1]).all()
+
+
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_rows_at_finfo_min_give_the_mean_of_v(dtype, bias_dtype, target):
+    """The way many models write masks; the size of finfo.min in fp32 stays finite in base-2 scores too."""
+    if bias_dtype == torch.float64 and dtype != torch.float64:
+        low = torch.finfo(torch.float32).min
+    else:
+        low = torch.finfo(bias_dtype).min
+    inputs = build(Case("min", heads=(4, 2), seq=(20, 70), dim=(16, 16)), dtype)
+    inputs.bias = torch.zeros(20, 70, dtype=bias_dtype)
+    inputs.bias[4:9] = low
+    inputs.bias[9:, 30:] = low
+    got = fae.flash_attention(inputs.q, inputs.k, inputs.v, bias=inputs.bias, backend=target.backend)
+    mean = inputs.v.double().mean(1).repeat_interleave(2, 1)[:, None].expand(1, 5, 4, 16)
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float64: 1e-14}[dtype]
+    torch.testing.assert_close(got[:, 4:9].double(), mean, rtol=0, atol=tolerance)
+    cut = fae.flash_attention(inputs.q[:, 9:], inputs.k[:, :30], inputs.v[:, :30], backend=target.backend)
+    torch.testing.assert_close(got[:, 9:], cut, rtol=0, atol=max(tolerance, 5e-7))
+
+
+def test_rows_at_finfo_min_as_torch_has_them(target):
+    """The same through the gradients, next to torch's own SDPA."""
+    q, k, v = (torch.randn(1, 2, n, 16) for n in (12, 40, 40))
+    bias = torch.zeros(12, 40)
+    bias[3:5] = torch.finfo(torch.float32).min
+    grads = []
+    for fn in (
+        lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias),
+        lambda q, k, v: fae.flash_attention(q, k, v, layout="bhsd", bias=bias, backend=target.backend),
+    ):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = fn(*leaves)
+        grads.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for theirs, ours in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_fully_hidden_rows(target):
+    case = Case("blind", heads=(4, 2), seq=(70, 33), dim=(16, 16), causal=True)  # the first 37 rows see nothing
+    inputs = build(case, torch.float32)
+    got = run(inputs, target.backend)
+    assert torch.equal(got["out"][:, :37], torch.zeros(1, 37, 4, 16))
+    assert torch.equal(got["lse"][..., :37], torch.full((1, 4, 37), -INF))
+    assert torch.equal(got["dq"][:, :37], torch.zeros(1, 37, 4, 16))
+    assert torch.isfinite(got["lse"][..., 37:]).all()

@@ -1,0 +1,243 @@
+"""The operators in torch's machinery: opcheck, compile, export, autocast, inference mode, functorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Case, build
+
+import flash_attn_ext as fae
+
+CASES = [
+    Case("plain", heads=(4, 2), seq=(9, 13), dim=(8, 6)),
+    Case("options", batch=2, heads=(4, 2), seq=(9, 13), dim=(8, 6), layout="bhsd", causal=True, window=(5, 2), softcap=3.0,
+         scale=0.3, mask="b1qk", bias="1hqk", lengths=(5, 13)),
+    Case("rank3", heads=(2, 1), seq=(9, 13), dim=(8, 6), rank=3),
+    Case("rank2", heads=(1, 1), seq=(9, 13), dim=(8, 6), rank=2, layout="bhsd"),
+    Case("strides", batch=2, heads=(4, 2), seq=(9, 13), dim=(8, 6), strides=("transposed", "d_slow", "padded")),
+    Case("empty", batch=2, heads=(4, 2), seq=(9, 0), dim=(8, 6)),
+]  # fmt: skip
+LAYOUT = {"bshd": 0, "bhsd": 1}
+CAUSAL = {False: 0, True: 1, "bottom_right": 1, "top_left": 2}
+
+
+def registered_operators() -> list[str]:
+    return sorted(n for n in torch._C._dispatch_get_all_op_names() if n.startswith("flash_attn_ext::"))
+
+
+def options(case: Case) -> tuple:
+    left, right = case.window or (-1, -1)
+    return (LAYOUT[case.layout], CAUSAL[case.causal], left, right, case.scale, case.softcap)
+
+
+def op_arguments(name: str, case: Case, dtype=torch.float32, grad=False) -> tuple:
+    """Arguments of the operator `name` for `case`; None for an operator that this test does not know."""
+    x = build(case, dtype)
+    if grad:
+        x.q, x.k, x.v = (t.detach().requires_grad_() for t in (x.q, x.k, x.v))
+    qkv, extras = (x.q, x.k, x.v), (x.mask, x.bias, x.kv_lengths)
+    name = name.split("::")[1].split(".")[0]
+    if name in ("attention_forward", "attention"):
+        return (*qkv, *extras, *options(case), True)
+    if name == "attention_forward_out":
+        return (*qkv, torch.empty_like(x.dout), *extras, *options(case), True)
+    assert name == "attention_backward", f"no arguments for the operator {name}: add them here"
+    with torch.no_grad():
+        out, lse = torch.ops.flash_attn_ext.attention_forward(*qkv, *extras, *options(case), True)
+    return (x.dout, x.dlse, *qkv, out, lse, *extras, *options(case), x.bias is not None)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("name", registered_operators())
+def test_opcheck(name, case):
+    op = getattr(torch.ops.flash_attn_ext, name.split("::")[1].split(".")[0]).default
+    torch.library.opcheck(op, op_arguments(name, case))
+    if name == "flash_attn_ext::attention":
+        torch.library.opcheck(op, op_arguments(name, case, grad=True))
+
+
+def test_the_operators_are_the_ones_in_the_contract():
+    names = {n.split("::")[1] for n in registered_operators()}
+    assert {"attention_forward", "attention_forward_out", "attention_backward"} <= names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_fake_kernels_predict_the_real_results(case, dtype):
+    """Shape, dtype and strides of every output, as the compiler will believe them."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for name in ("attention_forward", "attention_backward", "attention_forward_out"):
+        op = getattr(torch.ops.flash_attn_ext, name)
+        arguments = op_arguments("flash_attn_ext::" + name, case, dtype)
+        real = op(*arguments)
+        mode = FakeTensorMode()
+        with mode:
+            fake = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+        real, fake = ([x] if isinstance(x, torch.Tensor) else x for x in (real, fake))
+        for r, f in zip(real, fake, strict=True):
+            assert (r.shape, r.dtype, r.device, r.stride()) == (f.shape, f.dtype, f.device, f.stride()), name
+
+
+def model(q, k, v, bias):
+    out, lse = fae.flash_attention(q * 1.5, k, v, causal=True, bias=bias, softcap=4.0, return_lse=True)
+    return out.sin(), lse * 2
+
+
+def compiled_inputs(seq_q, seq_kv, grad=True, batch=2):
+    g = torch.Generator().manual_seed(seq_q)
+    shapes = [(batch, seq_q, 4, 8), (batch, seq_kv, 2, 8), (batch, seq_kv, 2, 6), (1, 4, seq_q, seq_kv)]
+    return [torch.randn(s, generator=g).requires_grad_(grad) for s in shapes]
+
+
+@pytest.mark.parametrize("engine", ["eager", "aot_eager", "inductor"])
+def test_compile_with_dynamic_shapes_equals_eager(engine):
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=engine)
+    graphs = torch._dynamo.utils.counters["stats"]
+    for sizes in [(9, 13), (21, 8), (33, 40)]:
+        inputs = compiled_inputs(*sizes)
+        results = []
+        for fn in (model, compiled):
+            out, lse = fn(*inputs)
+            seen = torch.where(lse.isfinite(), lse, 0.0)
+            results.append([out, lse, *torch.autograd.grad(out.square().sum() + seen.sum(), inputs)])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert graphs["unique_graphs"] <= 2, "recompiled for a new length"
+
+
+def test_compile_without_grad():
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for sizes in [(9, 13), (21, 8)]:
+        inputs = compiled_inputs(*sizes, grad=False)
+        for a, b in zip(model(*inputs), compiled(*inputs), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_compile_of_the_sdpa_function():
+    torch._dynamo.reset()
+
+    def fn(q, k, v, mask):
+        return fae.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+    compiled = torch.compile(fn, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (5, 11):
+        q, k, v = torch.randn(2, 4, n, 8), torch.randn(2, 2, n + 1, 8), torch.randn(2, 2, n + 1, 8)
+        mask = torch.rand(n, n + 1) < 0.7
+        torch.testing.assert_close(compiled(q, k, v, mask), fn(q, k, v, mask))
+
+
+def test_export_with_a_dynamic_sequence():
+    class Block(torch.nn.Module):
+        def forward(self, q, k, v):
+            return fae.flash_attention(q, k, v, causal=True, window=(6, None))
+
+    q, k, v, _ = compiled_inputs(9, 13, grad=False)
+    sq, sk = torch.export.Dim("sq", min=2, max=512), torch.export.Dim("sk", min=2, max=512)
+    program = torch.export.export(Block(), (q, k, v), dynamic_shapes=({1: sq}, {1: sk}, {1: sk}))
+    assert any("flash_attn_ext" in str(node.target) for node in program.graph.nodes)
+    for sizes in [(9, 13), (21, 30)]:
+        q, k, v, _ = compiled_inputs(*sizes, grad=False)
+        torch.testing.assert_close(program.module()(q, k, v), Block()(q, k, v))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype):
+    """Inputs are cast first, mixed ones too; gradients come back in the dtype of the leaves."""
+    q, k, v, bias = compiled_inputs(9, 13)
+    with torch.autocast("cpu", dtype=dtype):
+        out, lse = fae.flash_attention(q, k.to(dtype), v, bias=bias, return_lse=True)
+        inside = fae.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), enable_gqa=True)
+    assert out.dtype == dtype and inside.dtype == dtype and lse.dtype == torch.float32
+    expected = fae.flash_attention(q.to(dtype), k.to(dtype), v.to(dtype), bias=bias)
+    torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
+    grads = torch.autograd.grad(out.float().square().sum(), [q, k, v, bias])
+    assert [g.dtype for g in grads] == [torch.float32] * 4
+    with torch.autocast("cpu", dtype=dtype, enabled=False):
+        assert fae.flash_attention(q, k, v).dtype == torch.float32
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_modes_without_grad(mode, backend):
+    q, k, v, bias = compiled_inputs(9, 13)
+    expected = fae.flash_attention(q, k, v, bias=bias, backend=backend)
+    with mode():
+        out, lse = fae.flash_attention(q, k, v, bias=bias, return_lse=True, backend=backend)
+    assert not out.requires_grad and not lse.requires_grad and torch.equal(out, expected)
+    assert out.is_inference() == (mode is torch.inference_mode)
+    with torch.inference_mode():
+        fresh = [torch.randn(1, 4, 2, 8) for _ in range(3)]
+        assert fae.flash_attention(*fresh, backend=backend).is_inference()
+
+
+def test_only_differentiable_inputs_get_a_graph(backend):
+    q, k, v, bias = compiled_inputs(9, 13, grad=False)
+    assert not fae.flash_attention(q, k, v, backend=backend).requires_grad
+    out = fae.flash_attention(q, k, v, bias=bias.requires_grad_(), backend=backend)
+    out.sum().backward()
+    assert bias.grad.shape == bias.shape and q.grad is None
+
+
+def test_backward_twice_and_retain_graph(backend):
+    q, k, v, _ = compiled_inputs(9, 13)
+    out = fae.flash_attention(q, k, v, backend=backend)
+    first = torch.autograd.grad(out.sum(), [q, k, v], retain_graph=True)
+    second = torch.autograd.grad(out.sum(), [q, k, v])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(out.sum(), [q])
+
+
+def test_second_derivatives_are_refused_or_right(backend):
+    """A gradient of the gradient must not be silently zero."""
+    q, k, v, _ = (x.detach().double().requires_grad_() for x in compiled_inputs(3, 4, batch=1))
+
+    def fn(q, k, v):
+        return fae.flash_attention(q, k, v, backend=backend)
+
+    out = fn(q, k, v)
+    try:
+        (g,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+        torch.autograd.grad(g.square().sum(), q)
+    except RuntimeError:
+        return
+    assert torch.autograd.gradgradcheck(fn, (q, k, v))
+
+
+def test_a_changed_input_is_noticed_before_backward(backend):
+    q, k, v, _ = compiled_inputs(9, 13)
+    inner = k * 1.0
+    out = fae.flash_attention(q, inner, v, backend=backend)
+    inner.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_checkpoint(backend):
+    from torch.utils.checkpoint import checkpoint
+
+    q, k, v, _ = compiled_inputs(9, 13)
+
+    def fn(q, k, v):
+        return fae.flash_attention(q, k, v, causal=True, backend=backend)
+
+    plain = torch.autograd.grad(fn(q, k, v).square().sum(), [q, k, v])
+    again = torch.autograd.grad(checkpoint(fn, q, k, v, use_reentrant=False).square().sum(), [q, k, v])
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_graph_memory_is_released():
+    """Nothing keeps a call's tensors alive: outputs, saved tensors, contexts."""
+    import gc
+    import weakref
+
+    q, k, v, _ = compiled_inputs(9, 13)
+    inner = k * 1.0
+    out = fae.flash_attention(q, inner, v)
+    refs = [weakref.ref(out), weakref.ref(inner)]
+    out.sum().backward()
+    del out, inner
+    gc.collect()
+    assert [r() for r in refs] == [None, None]
