@@ -53,13 +53,13 @@ test: setup
 bench: setup
 	$(PY) -m benchmarks $(BENCH_ARGS)
 
-# One binary, built against the oldest supported torch, passes the tests under it and under the newest.
-test-abi:
-	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m build_tools.abi $(ABI_ARGS)
+# One binary, built against the oldest supported torch, passes the tests under it and under this one.
+test-abi: $(STAMPS)/requirements
+	$(PY) -m build_tools.abi $(ABI_ARGS)
 
 # The NEON kernels: cross-compiled, run under user-mode emulation.
-test-aarch64: | $(PY)
-	$(PY) -m build_tools.aarch64
+test-aarch64:
+	tests/cpp/run_aarch64.sh $(AARCH64_ARGS)
 
 lint: $(STAMPS)/requirements
 	$(PY) -m ruff check .

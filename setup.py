@@ -8,7 +8,7 @@ from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # build front ends do not add it
 
-from build_tools import native  # noqa: E402
+from build_tools import native
 
 
 class BuildNative(build_ext):
@@ -25,15 +25,14 @@ class BuildNative(build_ext):
         return bool(self.inplace or getattr(self, "editable_mode", False))
 
     def get_outputs(self):
-        return [os.path.join(self.build_lib, path) for path in (native.EXTENSION_MODULE, native.OPERATOR_LIBRARY)]
+        return [os.path.join(self.build_lib, name) for name in native.BINARIES]
 
     def get_output_mapping(self):
         return {}
 
     def get_source_files(self):
-        return [
-            str(path.relative_to(native.ROOT)) for pattern in ("*.cpp", "*.h") for path in native.SOURCES.rglob(pattern)
-        ]
+        files = [*native.SOURCES.rglob("*.h"), *native.SOURCES.rglob("*.cpp")]
+        return [str(file.relative_to(native.ROOT)) for file in files]
 
 
 setup(

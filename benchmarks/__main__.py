@@ -26,6 +26,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--class", dest="classes", action="append", default=[], metavar="NAME",
                         help="measure this class only (repeatable); see --list")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="name the classes and cases, measure nothing")
+    parser.add_argument("--check", action="store_true", help="verify every case against torch, time nothing")
     parser.add_argument("--quick", action="store_true", help="one case of each class, little time for each")
     parser.add_argument("--threads", type=int, help="threads for both sides (default: torch's own choice)")
     parser.add_argument("--budget", type=float, metavar="S", help="seconds of timing per case")
@@ -95,6 +96,8 @@ def main(argv: list[str] | None = None) -> int:
 
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.check:
+        return 1 if suite.check_cases(options.classes, _say) else 0
     if options.source:
         results = report.load_json(options.source)
     else:
@@ -104,6 +107,9 @@ def main(argv: list[str] | None = None) -> int:
     tables = [report.case_table(results), report.class_table(results)] if results["rows"] else []
     print("\n\n".join(tables + report.extra_tables(results)))
     _write(results, options.out, "results")
+    if results["void"]:
+        print("\n".join(["wrong results, so not timed:", *results["void"]]))
+        return 1
     if options.readme:
         _write(results, ROOT / "docs", "benchmarks")
         report.update_readme(results, ROOT / "README.md")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from . import memory, shapes
-from .backends import TOLERANCE, TORCH_TOLERANCE, Problem
+from .backends import TOLERANCE, TORCH_TOLERANCE, Formulation, Problem
 from .roofline import Limits
 from .shapes import Case, TinyCase
 from .timing import best_of, fastest
@@ -58,14 +58,19 @@ def environment() -> dict:
     }
 
 
-def run_case(case: Case, budget_s: float) -> dict:
-    """Verifies, then times one case; raises ValueError when a result is wrong."""
+def verified(case: Case) -> tuple[Problem, Formulation, list[Formulation]]:
+    """The problem and both its sides; raises ValueError when a result is wrong."""
     problem = Problem(case)
     ours, theirs = problem.ours(), problem.theirs()
     problem.verify(ours, TOLERANCE)
     for formulation in theirs:
         problem.verify(formulation, TORCH_TOLERANCE)
+    return problem, ours, theirs
 
+
+def run_case(case: Case, budget_s: float) -> dict:
+    """Verifies, then times one case; raises ValueError when a result is wrong."""
+    problem, ours, theirs = verified(case)
     sides = (ours, *theirs)
     timed = [f.backward_only(problem.dout) if case.backward else f.run_forward for f in sides]
     with torch.set_grad_enabled(case.backward):
@@ -184,12 +189,26 @@ def finish(results: dict) -> dict:
     return results
 
 
+def check_cases(wanted: list[str], say: Say) -> int:
+    """Verifies every case without timing any; returns how many are wrong."""
+    wrong = 0
+    for case in shapes.all_cases():
+        if not wanted or case.group in wanted:
+            try:
+                verified(case)
+                say(f"{case.group:22} {case.name:42} agrees")
+            except ValueError as error:
+                wrong += 1
+                say(f"{case.group:22} WRONG: {error}")
+    return wrong
+
+
 def run_suite(wanted: list[str], quick: bool, budget_s: float, say: Say) -> dict:
     """Everything in `wanted` classes (all when empty), one line said per case."""
     threads = torch.get_num_threads()
     limits = Limits()
     limits.refresh(budget_s)
-    results: dict = {"environment": environment(), "quick": quick, "rows": []}
+    results: dict = {"environment": environment(), "quick": quick, "rows": [], "void": []}
     results.update({name: [] for name in EXTRA_CLASSES})
 
     def asked(name: str) -> bool:
@@ -202,7 +221,12 @@ def run_suite(wanted: list[str], quick: bool, budget_s: float, say: Say) -> dict
         if case.group != group:
             group = case.group
             limits.refresh(budget_s / 4)
-        row = run_case(case, budget_s)
+        try:
+            row = run_case(case, budget_s)
+        except ValueError as error:  # a wrong result voids its case, not the run
+            results["void"].append(str(error))
+            say(f"{case.group:22} VOID: {error}")
+            continue
         results["rows"].append(row)
         say(
             f"{case.group:22} {case.name:42} {row['ours_s'] * 1e3:9.3f} ms {row['torch_s'] * 1e3:9.3f} ms"

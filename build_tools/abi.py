@@ -1,8 +1,8 @@
 """Proves that one binary serves every supported torch: ``make test-abi``.
 
-A copy of the tree is built in an environment with the oldest supported torch; then the test suite runs in
-that copy twice, under that torch and under the newest one, on the very same files (their digests are
-printed). Arguments are passed on to pytest.
+A copy of the tree is built in an environment with the oldest supported torch. Then the test suite runs in
+that copy twice, under that torch and under the one of the Python that runs this, on the very same binaries
+(their digests are printed). Arguments are passed on to pytest.
 """
 
 from __future__ import annotations
@@ -14,57 +14,62 @@ import subprocess
 import sys
 from pathlib import Path
 
-from build_tools.native import EXTENSION_MODULE, MIN_TORCH, OPERATOR_LIBRARY, ROOT
+from build_tools.native import BINARIES, MIN_TORCH, ROOT, find_torch
 
 WORK = ROOT / "build" / "abi"
-OLDEST = f"torch=={MIN_TORCH[0]}.{MIN_TORCH[1]}.*"
+TREE = WORK / "tree"
+OLDEST = f"{MIN_TORCH[0]}.{MIN_TORCH[1]}"
 NOT_COPIED = (".git", ".venv", "build", "dist", "*.so", "*.egg-info", "__pycache__", ".pytest_cache")
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> int:
-    """Run a command, echoed, with only the copied tree on the import path; returns its status."""
+    """Run a command, echoed, with the copied tree first on the import path; returns its status."""
     print("$", *command, flush=True)
-    environment = dict(os.environ, PYTHONPATH=str(WORK / "tree"))
+    environment = dict(os.environ, PYTHONPATH=str(TREE))
+    environment.pop("VIRTUAL_ENV", None)
     return subprocess.run([str(part) for part in command], cwd=cwd, env=environment).returncode
 
 
-def environment(name: str, torch: str) -> Path:
-    """The Python of a virtual environment with one torch and everything that the tests need."""
-    home = WORK / name
-    python = home / "bin" / "python"
-    stamp = home / "complete"
-    if not stamp.exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
-        requirements = ["-r", "requirements-build.txt", "-r", "requirements-dev.txt"]
-        if run(python, "-m", "pip", "install", "--quiet", torch, *requirements):
-            sys.exit(f"error: {torch} could not be installed")
-        stamp.touch()
+def oldest_environment() -> Path:
+    """The Python of a virtual environment with the oldest torch and everything that the tests need."""
+    home = WORK / f"torch-{OLDEST}"
+    python, stamp = home / "bin" / "python", home / "complete"
+    requirements = "\n".join((ROOT / f"requirements-{part}.txt").read_text() for part in ("build", "dev"))
+    if not stamp.exists() or stamp.read_text() != requirements:
+        subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
+        files = ("-r", "requirements-build.txt", "-r", "requirements-dev.txt")
+        if run(python, "-m", "pip", "install", f"torch=={OLDEST}.*", *files):
+            sys.exit(f"error: an environment with torch {OLDEST} could not be made")
+        stamp.write_text(requirements)
     return python
 
 
-def copy_tree() -> Path:
-    """A fresh copy of the sources, without anything built."""
-    tree = WORK / "tree"
-    shutil.rmtree(tree, ignore_errors=True)
-    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*NOT_COPIED))
-    return tree
+def copy_tree() -> None:
+    """Bring the copy up to date, without anything built here; what was built there stays."""
+    shutil.copytree(ROOT, TREE, ignore=shutil.ignore_patterns(*NOT_COPIED), dirs_exist_ok=True)
 
 
 def digest(file: Path) -> str:
+    """The start of a file's SHA-256, in hexadecimal."""
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
-def main(pytest_arguments: list[str]) -> int:
-    oldest, newest = environment("oldest", OLDEST), environment("newest", "torch")
-    tree = copy_tree()
-    if run(oldest, "-m", "build_tools.native", cwd=tree):
+def main(arguments: list[str]) -> int:
+    """Build against the oldest torch, test under both; the exit status."""
+    newest = find_torch().version
+    if newest.startswith(OLDEST + "."):
+        sys.exit(f"error: this environment has torch {newest}; it must have a newer one than {OLDEST}")
+    oldest = oldest_environment()
+    copy_tree()
+    if run(oldest, "-m", "build_tools.native", cwd=TREE):
         return 1
     status = 0
-    for python in (oldest, newest):
-        for binary in (EXTENSION_MODULE, OPERATOR_LIBRARY):
-            print(f"{digest(tree / binary)}  {binary}", flush=True)
-        run(python, "-c", "import torch; print('torch', torch.__version__)", cwd=tree)
-        status |= run(python, "-m", "pytest", *(pytest_arguments or ["-n", str(os.cpu_count() or 1)]), cwd=tree)
+    for python in (oldest, Path(sys.executable)):
+        for binary in BINARIES:
+            print(f"{digest(TREE / binary)}  {binary}", flush=True)
+        run(python, "-c", "import torch; print('torch', torch.__version__)", cwd=TREE)
+        pytest = arguments or ["-n", str(os.cpu_count() or 1)]
+        status |= run(python, "-m", "pytest", *pytest, cwd=TREE)
     return status
 
 

@@ -6,7 +6,7 @@ Two binaries come out, both linked from the same core and CPU objects:
 - ``flash_attn_ext/_C.<abi>.so``: the pybind11 module; sees no torch header.
 - ``flash_attn_ext/lib/libflash_attn_ext_cpu.so``: the operators, on libtorch's stable ABI.
 
-Environment: ``CXX`` (compiler), ``CXXFLAGS`` (appended), ``MAX_JOBS`` (parallel compilers, default all cores).
+Environment: ``CXX`` (compiler), ``CXXFLAGS`` (appended), ``MAX_JOBS`` (compilers at once, default all cores).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ SOURCES = ROOT / "csrc"
 PACKAGE = "flash_attn_ext"
 OPERATOR_LIBRARY = f"{PACKAGE}/lib/lib{PACKAGE}_cpu.so"
 EXTENSION_MODULE = f"{PACKAGE}/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+BINARIES = (EXTENSION_MODULE, OPERATOR_LIBRARY)
 
 MIN_PYTHON = (3, 10)
 MIN_TORCH = (2, 11)
@@ -173,16 +174,15 @@ def ninja_file(output: Path) -> str:
             lines.append(f"  room_flags = ${room}_flags")
             lines.append(f"  source = csrc/{relative}")
     shared = [*objects.get("core", []), *objects.get("cpu", [])]
-    binaries = {
-        output / EXTENSION_MODULE: ([*shared, *objects["python"]], ""),
+    binaries = [
+        # Python's own symbols come from the interpreter.
+        (EXTENSION_MODULE, [*shared, *objects["python"]], ["-Wl,-z,undefs"]),
         # Found by name among the libraries that `import torch` has loaded: no run path is needed.
-        output / OPERATOR_LIBRARY: ([*shared, *objects["torch"]], f"-L{shlex.quote(str(torch.lib))} -ltorch_cpu"),
-    }
-    for target, (inputs, libraries) in binaries.items():
-        if "-ltorch_cpu" not in libraries:
-            libraries = "-Wl,-z,undefs"  # Python's own symbols come from the interpreter
-        lines.append(f"build {_quote(target)}: link {' '.join(inputs)}")
-        lines.append(f"  libraries = {libraries}")
+        (OPERATOR_LIBRARY, [*shared, *objects["torch"]], [f"-L{torch.lib}", "-ltorch_cpu"]),
+    ]
+    for name, inputs, libraries in binaries:
+        lines.append(f"build {_quote(output / name)}: link {' '.join(inputs)}")
+        lines.append(f"  libraries = {shlex.join(libraries)}")
     return "\n".join(lines) + "\n"
 
 
@@ -195,11 +195,11 @@ def build(output: Path = ROOT, work: Path | None = None) -> list[Path]:
     compiler, torch = find_compiler(), find_torch()
     work = work or ROOT / "build" / f"native-{sysconfig.get_config_var('SOABI')}"
     work.mkdir(parents=True, exist_ok=True)
-    for target in (EXTENSION_MODULE, OPERATOR_LIBRARY):
-        (output / target).parent.mkdir(parents=True, exist_ok=True)
+    for name in BINARIES:
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
     text = ninja_file(output.resolve())
     isas = ", ".join(ISA_BY_MACHINE[machine()])
-    print(f"flash_attn_ext: CPU-only build ({isas}) with {compiler} against torch {torch.version}", flush=True)
+    print(f"flash_attn_ext: CPU-only build ({isas}) with {compiler}, torch {torch.version}", flush=True)
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
     with (work / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at once would write the same objects
@@ -210,7 +210,7 @@ def build(output: Path = ROOT, work: Path | None = None) -> list[Path]:
         raise BuildError(
             f"flash_attn_ext did not compile: the compiler's messages are above (ninja returned {status})."
         )
-    return [output / EXTENSION_MODULE, output / OPERATOR_LIBRARY]
+    return [output / name for name in BINARIES]
 
 
 if __name__ == "__main__":

@@ -124,18 +124,25 @@ def save_plot(trainers: dict[str, Trainer], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (curves, drifts) = plt.subplots(1, 2, figsize=(10.5, 4.2))
-    styles = {"torch SDPA": ("#c9a66b", 3.0, "-"), "flash_attn_ext": ("#1f6f8b", 1.2, "-"),
-              "control (torch, unfused)": ("0.35", 1.0, ":")}  # fmt: skip
+    styles = {
+        "torch SDPA": {"color": "#c9a66b", "linewidth": 3.0},
+        "flash_attn_ext": {"color": "#1f6f8b", "linewidth": 1.2},
+        "control (torch, unfused)": {"color": "0.35", "linewidth": 1.0, "linestyle": ":"},
+    }
     base = trainers["torch SDPA"]
-    for name, trainer in trainers.items():
-        color, width, style = styles[name]
-        curves.plot(trainer.losses, style, color=color, linewidth=width, label=name)
+    for (name, trainer), marker in zip(trainers.items(), ("", "o", "x"), strict=True):
+        curves.plot(trainer.losses, label=name, **styles[name])
         if trainer is not base:
-            drifts.plot([max(d, 1e-9) for d in drift(trainer, base)], style, color=color, label=name)
+            apart = [(step, d) for step, d in enumerate(drift(trainer, base)) if d]
+            equal = len(base.losses) - len(apart)
+            label = f"{name} (equal in {equal} steps)"
+            steps, distances = zip(*apart, strict=True) if apart else ((), ())
+            drifts.plot(steps, distances, marker, color=styles[name]["color"], markersize=4, label=label)
     curves.set(xlabel="step", ylabel="loss (nats per byte)", title="training loss")
     drifts.set(xlabel="step", yscale="log", title="relative difference of the loss from torch SDPA's")
+    curves.legend(frameon=False)
+    drifts.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=1, fontsize=8)
     for axis in (curves, drifts):
-        axis.legend(frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=130)

@@ -10,13 +10,16 @@ from __future__ import annotations
 import re
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _C
 
 _KINDS = {"value": ValueError, "type": TypeError, "not_implemented": NotImplementedError}
 _TAGGED = re.compile(r"\[fae:(\w+)\] (.*)")
 # What torch says when an argument cannot be converted to its schema type.
-_SCHEMA = re.compile(r"Expected a value of type '([^']+)' for argument '(\w+)' but instead found type '([^']+)'")
+_SCHEMA = re.compile(
+    r"Expected a value of type '([^']+)' for argument '(\w+)' but instead found type '([^']+)'"
+)
 
 
 def translate(error: RuntimeError) -> Exception:
@@ -42,7 +45,8 @@ def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
     if value.is_nested or value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense Tensor, got one of layout {'nested' if value.is_nested else value.layout}")
+        layout = "nested" if value.is_nested else value.layout
+        raise TypeError(f"{name} must be a dense Tensor, got one of layout {layout}")
 
 
 def choice(name: str, value: object, allowed: dict):
@@ -54,13 +58,12 @@ def choice(name: str, value: object, allowed: dict):
         raise kind(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}") from None
 
 
-def _describe(tensor: torch.Tensor | None) -> tuple | None:
+def _describe(tensor: torch.Tensor | None, with_address: bool) -> tuple | None:
     if tensor is None:
         return None
     dtype = str(tensor.dtype).removeprefix("torch.")
     place = (tuple(tensor.shape), tuple(tensor.stride()), dtype, tensor.device.type)
-    has_storage = tensor.device.type != "meta" and not isinstance(tensor, torch._subclasses.FakeTensor)
-    return (*place, tensor.data_ptr()) if has_storage else place
+    return (*place, tensor.data_ptr()) if with_address else place
 
 
 def call_desc(
@@ -68,7 +71,9 @@ def call_desc(
 ) -> dict:
     """The call in the form that `_C.validate` and `_C.plan` read."""
     named = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "kv_lengths": kv_lengths, "out": out}
-    desc: dict = {name: _describe(tensor) for name, tensor in named.items()}
+    # Addresses say whether `out` overlaps an input. A tensor that is being traced has none.
+    with_address = out is not None and out.device.type != "meta" and not isinstance(out, FakeTensor)
+    desc: dict = {name: _describe(tensor, with_address) for name, tensor in named.items()}
     desc.update(
         layout=layout, causal=causal, window=(window_left, window_right), scale=scale, softcap=softcap
     )

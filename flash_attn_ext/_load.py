@@ -35,7 +35,8 @@ def load_module(name: str = f"{__package__}._C") -> ModuleType:
         return import_module(name)
     except ImportError as error:
         raise ImportError(
-            f"flash_attn_ext is not built for this Python ({error}); run `pip install -e .` in its source tree."
+            f"flash_attn_ext is not built for this Python ({error}); "
+            "run `pip install -e .` in its source tree."
         ) from error
 
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 LAYOUTS = {"bshd": 0, "bhsd": 1}
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """A context in which operations keep the dtypes that they are given."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def heads_first(t: Tensor, layout: int) -> Tensor:

@@ -7,16 +7,23 @@ from torch import Tensor
 
 from . import ops
 
-# Positions in the forward operators' arguments.
-_BIAS, _OPTIONS, _RETURN_LSE = 4, slice(6, 12), 12
+# Positions in the forward operators' arguments: three tensors, mask, bias, kv_lengths, options,
+# return_lse, and for `portable` two block sizes.
+_BIAS, _TENSORS, _RETURN_LSE = 4, 6, 12
 
 
 class _RefuseSecondOrder(torch.autograd.Function):
-    """Passes gradients on; differentiating them again raises."""
+    """Passes the first `count` tensors on; differentiating them again raises."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx, count, *tensors):
-        return tensors[:count]
+    def forward(count, *tensors):
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
     @staticmethod
     def backward(ctx, *grads):
@@ -26,63 +33,83 @@ class _RefuseSecondOrder(torch.autograd.Function):
         )
 
 
-def _setup(ctx, operators: ops.Operators, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    out, lse = output
-    ctx.save_for_backward(*inputs[:6], out, lse)
+def _save(ctx, operators: ops.Operators, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:_TENSORS], *output)
     ctx.operators = operators
-    ctx.options = inputs[_OPTIONS]
-    ctx.has_lse = inputs[_RETURN_LSE]
-    ctx.blocks = inputs[_RETURN_LSE + 1 :]
+    ctx.options = inputs[_TENSORS:]
 
 
-def _gradients(ctx, dout: Tensor | None, dlse: Tensor | None, need_bias_grad: bool) -> tuple[Tensor, ...]:
+def _backward(
+    ctx, dout: Tensor | None, dlse: Tensor | None, need_bias_grad: bool
+) -> tuple[Tensor | None, ...]:
+    """One gradient or None for each argument of the forward operator."""
     q, k, v, mask, bias, kv_lengths, out, lse = ctx.saved_tensors
-    tensors = mask, bias, kv_lengths
-    if not ctx.has_lse:
-        lse = ctx.operators.forward(q, k, v, *tensors, *ctx.options, True, *ctx.blocks)[1]
+    *options, return_lse = ctx.options[: _RETURN_LSE - _TENSORS + 1]
+    blocks = ctx.options[len(options) + 1 :]
+    masking = mask, bias, kv_lengths
+    if not return_lse:
+        lse = ctx.operators.forward(q, k, v, *masking, *options, True, *blocks)[1]
         dlse = None
     if dout is None:
         dout = torch.zeros_like(out)
-    grads = ctx.operators.backward(
-        dout, dlse, q, k, v, out, lse, *tensors, *ctx.options, need_bias_grad, *ctx.blocks
-    )
-    # Under create_graph the result looks differentiable; say so only when it is asked to be.
-    if torch.is_grad_enabled():
+    grads = ctx.operators.backward(dout, dlse, q, k, v, out, lse, *masking, *options, need_bias_grad, *blocks)
+    if torch.is_grad_enabled():  # create_graph: whoever differentiates these gradients is told
         grads = _RefuseSecondOrder.apply(4, *(g.detach() for g in grads), dout, q, k, v, bias)
-    return grads
-
-
-def _by_input(grads: tuple[Tensor, ...], need_bias_grad: bool, count: int) -> tuple[Tensor | None, ...]:
-    """One entry per forward argument: q, k, v, mask, bias, then none."""
     dq, dk, dv, dbias = grads
-    return (dq, dk, dv, None, dbias if need_bias_grad else None) + (None,) * (count - _BIAS - 1)
+    rest = len(ctx.options) + _TENSORS - _BIAS - 1
+    return (dq, dk, dv, None, dbias if need_bias_grad else None) + (None,) * rest
 
 
-class Attention(torch.autograd.Function):
-    """The differentiable operator for eager calls: a third of the dispatcher's overhead."""
-
+class _EagerAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, operators, *inputs):
         ctx.set_materialize_grads(False)
         output = operators.forward(*inputs)
-        _setup(ctx, operators, inputs, output)
+        _save(ctx, operators, inputs, output)
         return output
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        need_bias_grad = ctx.needs_input_grad[1 + _BIAS]
-        grads = _gradients(ctx, dout, dlse, need_bias_grad)
-        return None, *_by_input(grads, need_bias_grad, _RETURN_LSE + 1 + len(ctx.blocks))
+        return None, *_backward(ctx, dout, dlse, ctx.needs_input_grad[1 + _BIAS])
+
+
+class _FunctorchAttention(torch.autograd.Function):
+    """The form that torch.func asks for; in eager mode it costs several times the other one."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(operators, *inputs):
+        return operators.forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        _save(ctx, inputs[0], inputs[1:], output)
+
+    backward = _EagerAttention.backward
+
+
+# Past the part of `Function.apply` that serves functorch, to whom `attention` never passes this.
+_apply_eager = super(torch.autograd.Function, _EagerAttention).apply
+
+
+def attention(operators: ops.Operators, *arguments) -> tuple[Tensor, Tensor]:
+    """(out, lse), differentiable: `operators.attention` at a fraction of the dispatcher's cost.
+
+    `arguments` are those of `operators.forward`, with return_lse True.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return _FunctorchAttention.apply(operators, *arguments)
+    return _apply_eager(operators, *arguments)
 
 
 def _register_autograd(operators: ops.Operators) -> None:
     def setup_context(ctx, inputs, output):
-        _setup(ctx, operators, inputs, output)
+        _save(ctx, operators, inputs, output)
 
     def backward(ctx, dout, dlse):
-        need_bias_grad = ctx.needs_input_grad[_BIAS]
-        grads = _gradients(ctx, dout, dlse, need_bias_grad)
-        return _by_input(grads, need_bias_grad, _RETURN_LSE + 1 + len(ctx.blocks))
+        return _backward(ctx, dout, dlse, ctx.needs_input_grad[_BIAS])
 
     torch.library.register_autograd(operators.attention, backward, setup_context=setup_context)
 
@@ -91,13 +118,14 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v as an active autocast wants them. float64 stays, as in torch's own operators;
     a bias keeps its dtype, for -1e38 would become -inf in a narrower one."""
     device = q.device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (q, k, v))
 
 
 _AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA", "AutocastXPU", "AutocastMPS")
+_library = torch.library.Library("flash_attn_ext", "FRAGMENT")  # registrations live as long as it does
 
 
 def _register_autocast(operators: ops.Operators) -> None:
@@ -110,16 +138,12 @@ def _register_autocast(operators: ops.Operators) -> None:
         with torch._C._ExcludeDispatchKeyGuard(without_autocast):
             return operators.attention(q, k, v, *arguments)
 
-    library = torch.library.Library("flash_attn_ext", "FRAGMENT")
     for key in _AUTOCAST_KEYS:
-        library.impl(operators.attention, kernel, key)
-    _libraries.append(library)
-
-
-_libraries: list[torch.library.Library] = []  # a registration lives as long as its library
+        _library.impl(operators.attention, kernel, key)
 
 
 def register() -> None:
+    """Make the operators named `attention` differentiable and subject to autocast."""
     for operators in (ops.CPU, ops.PORTABLE):
         _register_autograd(operators)
         _register_autocast(operators)

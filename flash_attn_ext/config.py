@@ -86,7 +86,8 @@ class AttentionConfig:
         for preset, (block_q, block_kv) in _PRESETS.items():
             if preset in key:
                 return cls(block_q=block_q, block_kv=block_kv)
-        raise ValueError(f"device must be one of {', '.join(map(repr, _PRESETS))} or a torch.device, got {name!r}")
+        presets = ", ".join(map(repr, _PRESETS))
+        raise ValueError(f"device must be one of {presets} or a torch.device, got {name!r}")
 
     def sram_bytes(self, dim: int, dtype: torch.dtype) -> int:
         """Bytes that one q tile, one k tile and one v tile take: (block_q + 2 block_kv) * dim elements.

@@ -30,13 +30,13 @@ def configure_logging() -> None:
     level = os.environ.get("FLASH_ATTN_EXT_LOG")
     if not level:
         return
-    names = logging.getLevelNamesMapping() if hasattr(logging, "getLevelNamesMapping") else logging._nameToLevel
+    names = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
     if level.upper() not in names:
         raise ValueError(f"FLASH_ATTN_EXT_LOG must be one of {', '.join(names)}, got {level!r}")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(name)s %(levelname)s: %(message)s"))
     logger.addHandler(handler)
-    logger.setLevel(names[level.upper()])
+    logger.setLevel(level.upper())
 
 
 def log_once(level: int, message: str) -> None:

@@ -21,12 +21,16 @@ def _fake_lse(q: Tensor, layout: int, return_lse: bool) -> Tensor:
     return q.new_empty(lse_shape(q, layout) if return_lse else (0,), dtype=lse_dtype(q))
 
 
-def _forward(q, k, v, mask, bias, kv_lengths, layout, causal, left, right, scale, softcap, return_lse, *blocks):
+def _forward(
+    q, k, v, mask, bias, kv_lengths, layout, causal, left, right, scale, softcap, return_lse, *blocks
+):
     _check(q, k, v, mask, bias, kv_lengths, layout, causal, left, right, scale, softcap)
     return q.new_empty(*q.shape[:-1], v.shape[-1]), _fake_lse(q, layout, return_lse)
 
 
-def _forward_out(q, k, v, out, mask, bias, kv_lengths, layout, causal, left, right, scale, softcap, return_lse):
+def _forward_out(
+    q, k, v, out, mask, bias, kv_lengths, layout, causal, left, right, scale, softcap, return_lse
+):
     _check(q, k, v, mask, bias, kv_lengths, layout, causal, left, right, scale, softcap, out=out)
     return _fake_lse(q, layout, return_lse)
 

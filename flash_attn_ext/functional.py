@@ -90,7 +90,7 @@ def flash_attention(
             name = dispatch.resolve(backend, config.backend, q.device, batch_invariant)
             blocks = (config.block_q or 0, config.block_kv or 0) if name == "portable" else ()
             scale = config.softmax_scale if scale is None else scale
-        if torch.is_autocast_enabled(q.device.type):
+        if torch._C._is_any_autocast_enabled():
             q, k, v = autograd.autocast(q, k, v)
         needs_grad = torch.is_grad_enabled() and (
             q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
@@ -109,10 +109,8 @@ def flash_attention(
                 out, lse = operators.attention(*call, need_lse, *blocks)
             elif not needs_grad:
                 out, lse = operators.forward(*call, need_lse, *blocks)
-            elif torch._C._are_functorch_transforms_active():
-                out, lse = operators.attention(*call, need_lse, *blocks)
             else:
-                out, lse = autograd.Attention.apply(operators, *call, need_lse, *blocks)
+                out, lse = autograd.attention(operators, *call, need_lse, *blocks)
         return (out, lse) if return_lse else out
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         _raise_for_types(q, k, v, mask, bias, kv_lengths, out, layout, causal, config)

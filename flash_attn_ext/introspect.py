@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -53,11 +53,12 @@ class Plan:
         return self.flops / self.bytes if self.bytes else 0.0
 
     def __str__(self) -> str:
+        register = " x ".join(map(str, self.register_tile)) if any(self.register_tile) else "torch's"
         rows = {
             "backend": self.backend,
             "kernel": f"{self.kernel} ({self.isa})",
             "tile": f"{self.block_q} query rows x {self.block_kv} keys",
-            "register tile": " x ".join(map(str, self.register_tile)) if any(self.register_tile) else "torch's",
+            "register tile": register,
             "work": f"{self.tasks} tasks, {self.splits} splits, {self.threads} threads",
             "workspace": format_bytes(self.workspace_bytes),
             "FLOPs": f"{self.flops:.4g}",
@@ -115,24 +116,15 @@ def explain(
     _errors.check_call(*call, out=out)
     threads = torch.get_num_threads()
     native = _C.plan(_errors.call_desc(*call, out=out), None, threads, backward)
-    rejected = {
-        name: dispatch.objections(name, q.device, batch_invariant) or [_why_not(name, chosen, backend, config)]
-        for name in dispatch.BACKENDS
-        if name not in ("auto", chosen)
-    }
+    rejected = {}
+    for name in dispatch.BACKENDS:
+        if name not in ("auto", chosen):
+            reasons = dispatch.objections(name, q.device, batch_invariant)
+            rejected[name] = reasons or [_why_not(name, chosen, backend, config)]
     if chosen != "cpu":
         native |= _plan_by_torch(chosen, heads_first(q, call[6]), k.shape[-3 + call[6]], config)
-    return Plan(
-        backend=chosen,
-        splits=native["chunks"],
-        rejected=rejected,
-        **{name: native[name] for name in _NATIVE_FIELDS},
-    )
-
-
-_NATIVE_FIELDS = (
-    "kernel", "isa", "block_q", "block_kv", "register_tile", "tasks", "threads", "workspace_bytes", "flops", "bytes",
-)  # fmt: skip
+    own = {"backend": chosen, "splits": native["chunks"], "rejected": rejected}
+    return Plan(**own, **{f.name: native[f.name] for f in fields(Plan) if f.name not in own})
 
 
 def _why_not(name: str, chosen: str, backend: str, config: AttentionConfig) -> str:
@@ -148,7 +140,8 @@ def _plan_by_torch(name: str, q: Tensor, seq_kv: int, config: AttentionConfig) -
     """What differs from the native plan when torch's operations do the work. q: (batch, heads, seq, dim)."""
     batch, heads, seq_q, _ = q.shape
     if name == "portable":
-        block_q, block_kv = tile_shape(batch * heads, seq_q, seq_kv, config.block_q or 0, config.block_kv or 0)
+        advice = config.block_q or 0, config.block_kv or 0
+        block_q, block_kv = tile_shape(batch * heads, seq_q, seq_kv, *advice)
         kernel, element = "online softmax", lse_dtype(q).itemsize
     else:
         block_q, block_kv = seq_q, seq_kv

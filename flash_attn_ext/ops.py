@@ -28,7 +28,9 @@ _OPTIONS = (
     "int window_left, int window_right, float? scale, float softcap"
 )
 _BLOCKS = "int block_q=0, int block_kv=0"
-_FORWARD = f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool return_lse, {_BLOCKS}) -> (Tensor out, Tensor lse)"
+_FORWARD = (
+    f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool return_lse, {_BLOCKS}) -> (Tensor out, Tensor lse)"
+)
 _BACKWARD = (
     "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_OPTIONS}, bool need_bias_grad, {_BLOCKS}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)"

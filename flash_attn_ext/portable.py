@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from ._errors import check_call
-from ._problem import Problem, contract, heads_first, is_finite, lse_dtype, lse_shape, tile_of
+from ._problem import Problem, contract, heads_first, is_finite, lse_dtype, lse_shape, no_autocast, tile_of
 
 _TILE_ELEMENTS = 1 << 22  # scores that exist at a time, over all heads
 _BLOCK_KV = 512
 _MIN_BLOCK_Q, _MAX_BLOCK_Q = 32, 512
 
 
-def tile_shape(heads_total: int, seq_q: int, seq_kv: int, block_q: int = 0, block_kv: int = 0) -> tuple[int, int]:
+def tile_shape(
+    heads_total: int, seq_q: int, seq_kv: int, block_q: int = 0, block_kv: int = 0
+) -> tuple[int, int]:
     """(queries, keys) of one tile. `heads_total` is batch * heads_q; a block of 0 is chosen here."""
     keys = max(1, min(block_kv or _BLOCK_KV, seq_kv))
     fitting = _TILE_ELEMENTS // max(1, heads_total * keys)
@@ -48,19 +50,21 @@ class _Tiles:
 
     def key_blocks(self, q_begin: int, q_end: int) -> Iterator[tuple[int, int]]:
         first, end = self.problem.visible_keys(q_begin, q_end)
-        for begin in range(first // self.block_kv * self.block_kv, end, self.block_kv):
-            yield max(begin, first), min(begin + self.block_kv, end)
+        for begin in range(first, end, self.block_kv):
+            yield begin, min(begin + self.block_kv, end)
 
     def query_rows(self, t: Tensor, q_begin: int, q_end: int) -> Tensor:
         """(batch, heads_kv, group, queries, columns) of a (batch, heads_q, seq_q, columns) tensor."""
         return self.problem.rows(t)[..., q_begin:q_end, :].to(self.dtype)
 
-    def scores(self, q: Tensor, k: Tensor, tile: tuple[int, int, int, int]) -> tuple[Tensor, Tensor | None, Tensor]:
+    def scores(
+        self, q: Tensor, k: Tensor, tile: tuple[int, int, int, int]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Scores (batch, heads_kv, group, queries, keys), -inf where hidden; which are visible
-        (None: all); and the slope of the softcap (1 without one)."""
+        (None: all); and the slope of the softcap there (None without one)."""
         p = self.problem
         s = _unfold(_fold(q) @ k.mT, q.shape[2]).mul_(p.scale)
-        slope = torch.ones((), dtype=self.dtype, device=s.device)
+        slope = None
         if p.softcap:
             t = s.div_(p.softcap).tanh_()
             slope = 1 - t * t
@@ -82,6 +86,7 @@ def _unfold(t: Tensor, group: int) -> Tensor:
     return t.unflatten(2, (group, t.shape[2] // group))
 
 
+@torch.no_grad()
 def forward(
     q: Tensor,
     k: Tensor,
@@ -100,22 +105,23 @@ def forward(
     block_kv: int = 0,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns (out, lse), `out` written in place when given; lse is an empty (0,) tensor when not asked for."""
+    """Returns (out, lse), `out` written in place when given; lse is empty, (0,), when not asked for."""
     call = (q, k, v, mask, bias, kv_lengths, layout, causal, window_left, window_right, scale, softcap)
     check_call(*call, out=out)
     p = Problem.make(*call)
     dtype = lse_dtype(q)
     out = q.new_empty(*q.shape[:-1], v.shape[-1]) if out is None else out
     lse = q.new_full(lse_shape(q, layout), -math.inf, dtype=dtype)
-    if p.has_work():
-        out_rows = p.rows(heads_first(out, layout))
-        lse_rows = p.rows(lse.view(p.q.shape[0], -1, p.q.shape[3]))
-        tiles = _Tiles(p, dtype, block_q, block_kv)
-        v_is_safe = is_finite(p.v)
+    if not p.has_work():
+        out.zero_()
+        return out, lse if return_lse else lse.new_empty(0)
+    out_rows = p.rows(heads_first(out, layout))
+    lse_rows = p.rows(lse.view(p.q.shape[0], -1, p.q.shape[3]))
+    tiles = _Tiles(p, dtype, block_q, block_kv)
+    v_is_safe = is_finite(p.v)
+    with no_autocast(q.device):
         for q0, q1 in tiles.query_blocks():
             out_rows[..., q0:q1, :], lse_rows[..., q0:q1] = _forward_rows(tiles, q0, q1, v_is_safe)
-    else:
-        out.zero_()
     return out, lse if return_lse else lse.new_empty(0)
 
 
@@ -143,6 +149,7 @@ def _forward_rows(tiles: _Tiles, q0: int, q1: int, v_is_safe: bool) -> tuple[Ten
     return out, lse.squeeze(-1)
 
 
+@torch.no_grad()
 def backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -178,20 +185,19 @@ def backward(
     if p.has_work():
         tiles = _Tiles(p, dtype, block_q, block_kv)
         grads = p.rows(heads_first(dq, layout)), heads_first(dk, layout), heads_first(dv, layout), dbias
-        row_shape = (p.q.shape[0], -1, p.q.shape[3])
-        row_terms = lse.reshape(row_shape), None if dlse is None else dlse.reshape(row_shape)
+        row_shape = (p.q.shape[0], -1, p.q.shape[3], 1)
+        lse = lse.reshape(row_shape)
+        dlse = None if dlse is None else dlse.reshape(row_shape)
+        out, dout = heads_first(out, layout), heads_first(dout, layout)
         safe = all(map(is_finite, (p.q, p.k, p.v, dout)))
-        for q0, q1 in tiles.query_blocks():
-            out_block, dout_block = (
-                tiles.query_rows(heads_first(t, layout), q0, q1) for t in (out, dout)
-            )
-            delta = (dout_block * out_block).sum(-1, keepdim=True)
-            lse_block, dlse_block = (
-                None if t is None else tiles.query_rows(t[..., None], q0, q1) for t in row_terms
-            )
-            if dlse_block is not None:
-                delta -= dlse_block
-            _backward_rows(tiles, q0, q1, dout_block, lse_block, delta, grads, safe, need_bias_grad)
+        with no_autocast(q.device):
+            for q0, q1 in tiles.query_blocks():
+                dout_block = tiles.query_rows(dout, q0, q1)
+                delta = (dout_block * tiles.query_rows(out, q0, q1)).sum(-1, keepdim=True)
+                if dlse is not None:
+                    delta -= tiles.query_rows(dlse, q0, q1)
+                lse_block = tiles.query_rows(lse, q0, q1)
+                _backward_rows(tiles, q0, q1, dout_block, lse_block, delta, grads, safe, need_bias_grad)
     dbias = dbias.view(bias.shape).to(bias.dtype) if need_bias_grad else dbias
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dbias
 
@@ -221,13 +227,18 @@ def _backward_rows(
         ds = _unfold(_fold(dout) @ v.mT, group).sub_(delta).mul_(weights)
         seen = None
         if visible is not None:
-            ds.masked_fill_(~visible, 0)
+            # A row that sees a NaN is NaN where it looks, and still 0 where it does not.
+            hidden = ~visible
+            weights.masked_fill_(hidden, 0)
+            ds.masked_fill_(hidden, 0)
             seen = None if safe else _fold(visible.expand_as(s))
         seen_t = None if seen is None else seen.mT
         if need_bias_grad:
             slot = tile_of(dbias, *tile)
             slot += ds.sum_to_size(slot.shape)
-        ds = _fold(ds.mul_(slope)).mul_(p.scale)
+        if slope is not None:
+            ds.mul_(slope if visible is None else slope.masked_fill_(hidden, 0))
+        ds = _fold(ds).mul_(p.scale)
         dv[:, :, k0:k1] += contract(_fold(weights).mT, seen_t, _fold(dout))
         dk[:, :, k0:k1] += contract(ds.mT, seen_t, _fold(q))
         dq[..., q0:q1, :] += _unfold(contract(ds, seen, k), group)

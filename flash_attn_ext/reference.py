@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._problem import LAYOUTS, Problem, contract, heads_first, lse_dtype, lse_shape
+from ._problem import LAYOUTS, Problem, contract, lse_dtype, lse_shape, no_autocast
 
 
 class _SeenProduct(torch.autograd.Function):
@@ -70,14 +70,23 @@ def attention(
     p = Problem.make(
         q, k, v, mask, bias, kv_lengths, layout, causal, window_left, window_right, scale, softcap
     )
-    seq_q, seq_kv = p.q.shape[3], p.k.shape[2]
-    out = q.new_zeros(*q.shape[:-1], v.shape[-1])
     if not p.has_work():
+        out = q.new_zeros(*q.shape[:-1], v.shape[-1])
         return out, q.new_full(lse_shape(q, layout) if return_lse else (0,), -math.inf, dtype=lse_dtype(q))
+    with no_autocast(q.device):
+        out, lse = _unfused(p, q.dtype, lse_dtype(q) if return_lse else None)
+    if q.dim() != 2 and layout == LAYOUTS["bshd"]:
+        out = out.transpose(1, 2)
+    out = out.reshape(*q.shape[:-1], v.shape[-1])
+    return out, q.new_empty(0, dtype=lse_dtype(q)) if lse is None else lse.reshape(lse_shape(q, layout))
+
+
+def _unfused(p: Problem, dtype: torch.dtype, lse_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    """(batch, heads_q, seq_q, dim_v), and (batch, heads_kv, group * seq_q) when `lse_dtype` is given."""
     # (batch, heads_kv, group * seq_q, seq_kv): query heads of a group are rows of one product.
-    shape = (*p.q.shape[:-1], seq_kv)
-    visible = p.visible(0, seq_q, 0, seq_kv)
+    shape = (*p.q.shape[:-1], p.k.shape[2])
     rows = p.q.flatten(2, 3)
+    visible = p.visible(0, shape[3], 0, shape[4])
     if visible is None:
         s = (rows @ p.k.mT) * p.scale
     else:
@@ -86,25 +95,20 @@ def attention(
     if p.softcap:
         s = torch.tanh(s / p.softcap) * p.softcap
     if p.bias is not None:
-        s = (s.view(shape) + p.bias).to(q.dtype).flatten(2, 3)
+        s = (s.view(shape) + p.bias).to(dtype).flatten(2, 3)
     if visible is None:
-        weights, nothing = torch.softmax(s, -1), None
-        product = weights @ p.v
+        out = torch.softmax(s, -1) @ p.v
     else:
         # softmax of a row of -inf is NaN, and so would its gradient be.
         nothing = ~visible.any(-1, keepdim=True)
         s = s.masked_fill(~visible, -math.inf).masked_fill(nothing, 0)
-        weights = torch.softmax(s, -1).masked_fill(nothing, 0)
-        product = _SeenProduct.apply(weights, visible, p.v)
-    product = product.unflatten(2, shape[2:4]).flatten(1, 2)
-    out = product if q.dim() == 2 or layout == LAYOUTS["bhsd"] else product.transpose(1, 2)
-    out = out.reshape(*q.shape[:-1], v.shape[-1])
-    if not return_lse:
-        return out, q.new_empty(0, dtype=lse_dtype(q))
-    lse = s.to(lse_dtype(q)).logsumexp(-1)
-    if nothing is not None:
-        lse = lse.masked_fill(nothing.squeeze(-1), -math.inf)
-    return out, lse.view(lse_shape(q, layout))
+        weights = torch.softmax(s, -1).masked_fill(~visible, 0)
+        out = _SeenProduct.apply(weights, visible, p.v)
+    out = out.unflatten(2, shape[2:4]).flatten(1, 2)
+    if lse_dtype is None:
+        return out, None
+    lse = s.to(lse_dtype).logsumexp(-1)
+    return out, lse if visible is None else lse.masked_fill(nothing.squeeze(-1), -math.inf)
 
 
 def attention_fp64(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import re
-import types
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-from . import _errors
+from . import _errors, _mha
 from .dispatch import is_auto, log_once
 from .functional import flash_attention
 
@@ -114,7 +112,12 @@ def _in_torch_terms(text: str) -> str:
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, causal: bool | str, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    causal: bool | str,
+    scale: float | None,
 ) -> Tensor:
     """Equal leading axes, which `attn_mask` has as well when there are two or more."""
     if query.dim() > 4:
@@ -136,7 +139,8 @@ def _attention(
             q, k, v = (t.transpose(-3, -2) for t in (query, key, value))
             return flash_attention(q, k, v, **options).transpose(-3, -2)
         except (TypeError, ValueError):
-            flash_attention(query, key, value, layout="bhsd", **options)  # says the same in the caller's layout
+            # Again, for the same complaint in terms of the caller's layout.
+            flash_attention(query, key, value, layout="bhsd", **options)
             raise
     out = flash_attention(query, key, value, layout="bhsd", **options)
     return out.permute(*order, 3).contiguous().permute(*map(order.index, natural), 3)
@@ -166,7 +170,7 @@ def _many_batch_axes(query, key, value, attn_mask, causal, scale) -> Tensor:
     return _attention(*(*merged, None)[:4], causal, scale).unflatten(0, query.shape[:-3])
 
 
-class use_flash_attention(TorchFunctionMode):  # noqa: N801 (read like a function, used like one)
+class use_flash_attention(TorchFunctionMode):
     """Inside this context, `F.scaled_dot_product_attention` is this package's.
 
     Also where torch's own modules call it: `nn.MultiheadAttention(...)(need_weights=False)`,
@@ -190,7 +194,8 @@ class use_flash_attention(TorchFunctionMode):  # noqa: N801 (read like a functio
         if func is F.scaled_dot_product_attention:
             return _serve(self.strict, *args, **(kwargs or {}))
         if func is F.multi_head_attention_forward:
-            func = _multi_head_attention_forward(self.strict)
+            with self:
+                return _mha.multi_head_attention_forward(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -219,17 +224,3 @@ def _why_torch(device: torch.device, *tensors: Tensor) -> str | None:
     if is_auto() and device.type not in ("cpu", "meta"):
         return f"there are no kernels for device {device.type!r} in this build"
     return None
-
-
-@functools.cache
-def _multi_head_attention_forward(strict: bool) -> types.FunctionType:
-    """`F.multi_head_attention_forward` with this package's attention in its scope.
-
-    A mode is switched off while it handles a function, so the calls made inside that function
-    would pass it by. This is torch's code over a copy of torch's globals; torch's own stay.
-    """
-    original = F.multi_head_attention_forward
-    scope = {**original.__globals__, "scaled_dot_product_attention": functools.partial(_serve, strict)}
-    copy = types.FunctionType(original.__code__, scope, original.__name__, original.__defaults__)
-    copy.__kwdefaults__ = original.__kwdefaults__
-    return copy

@@ -8,7 +8,8 @@ zero gradients. Shapes inside are `(B, H, S, D)`; `attend` converts from and to 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,8 +30,8 @@ class Result:
     dk: Tensor | None = None
     dv: Tensor | None = None
     dbias: Tensor | None = None
-    # Size of the terms that a broadcast bias gradient adds up: they may cancel to nothing but rounding.
-    dbias_term: float = 0.0
+    # Size of the largest summand of dq, dk and dbias before anything cancels; see `complaint`.
+    terms: dict[str, float] = field(default_factory=dict)
 
 
 def to_bhsd(x: Tensor, layout: str) -> Tensor:
@@ -142,9 +143,12 @@ def attend(
     dp = _dot_rows(do4, v4, seen)
     delta = torch.where(seen, p * dp, 0.0).sum(-1, keepdim=True)
     ds = torch.where(seen, p * (dp - delta + dlse4[..., None]), 0.0)
+    size = torch.where(seen, p * (dp.abs() + delta.abs() + dlse4[..., None].abs()), 0.0)
     if bias is not None:
-        result.dbias, result.dbias_term = _sum_to_shape(ds, bias.shape), largest(ds)
+        result.dbias, result.terms["dbias"] = _sum_to_shape(ds, bias.shape), largest(size)
     ds = torch.where(seen, ds * slope * scale, 0.0)
+    size = size * slope * abs(scale)
+    result.terms["dq"], result.terms["dk"] = largest(size) * largest(k4), largest(size) * largest(q4)
     seen_t = seen.transpose(-1, -2)
     dq = _weighted_sum(ds, k4, seen)
     dk = _weighted_sum(ds.transpose(-1, -2), q4, seen_t)
@@ -157,22 +161,33 @@ def attend(
 
 def unfused(
     q, k, v, *, layout="bshd", causal=False, window=None, scale=None, softcap=0.0, mask=None, bias=None,
-    kv_lengths=None, dout=None, dlse=None,
+    kv_lengths=None, dout=None, dlse=None, lse_dtype=None, other=False,
 ) -> Result:
     """What a torch user writes without a fused kernel, in the inputs' own dtype, differentiated by autograd.
 
-    The LSE alone is computed in fp32 (fp64 for fp64), the dtype that it is returned in. Finite inputs only.
+    lse_dtype: that of the LSE's computation, by default the one that it is returned in: fp32, or fp64 for fp64.
+    other: the second of two equally good formulations, with other products: the scale goes into q, products are
+    taken transposed, keys come in reverse. Finite inputs only.
     """
     rank = q.dim()
     leaves = [x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in (q, k, v)]
     if bias is not None:
         leaves.append(bias.detach().clone(memory_format=torch.contiguous_format).requires_grad_())
-    heads_q = to_bhsd(q, layout).shape[1]
+    heads_q, dim = to_bhsd(q, layout).shape[1], q.shape[-1]
+    factor = 1.0 / math.sqrt(dim) if scale is None else scale
+    lse_dtype = lse_dtype or (torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+    def repeated(x):
+        x = to_bhsd(x, layout)
+        return x.repeat_interleave(heads_q // max(x.shape[1], 1), 1)
+
+    def product(a, b):
+        """a @ b, or the same by way of the transposed product over the reversed inner axis."""
+        return (b.flip(-2).transpose(-1, -2) @ a.flip(-1).transpose(-1, -2)).transpose(-1, -2) if other else a @ b
 
     def scores_of(q, k, bias, dtype):
-        q4, k4 = to_bhsd(q.to(dtype), layout), to_bhsd(k.to(dtype), layout)
-        k4 = k4.repeat_interleave(heads_q // max(k4.shape[1], 1), 1)
-        s = (q4 @ k4.transpose(-1, -2)) * (1.0 / math.sqrt(q4.shape[-1]) if scale is None else scale)
+        q4, k4 = to_bhsd(q.to(dtype), layout), repeated(k.to(dtype))
+        s = product(q4 * factor, k4.transpose(-1, -2)) if other else product(q4, k4.transpose(-1, -2)) * factor
         if softcap > 0:
             s = softcap * torch.tanh(s / softcap)
         seen = visibility(s.shape, causal, window, mask, bias, kv_lengths)
@@ -183,12 +198,10 @@ def unfused(
 
     def forward(q, k, v, bias=None):
         s, seen, some = scores_of(q, k, bias, q.dtype)
-        v4 = to_bhsd(v, layout)
-        v4 = v4.repeat_interleave(heads_q // max(v4.shape[1], 1), 1)
         p = torch.where(some, torch.softmax(s, -1), 0.0)
-        wide, _, some = scores_of(q, k, bias, torch.float64 if q.dtype == torch.float64 else torch.float32)
+        wide, _, some = scores_of(q, k, bias, lse_dtype)
         lse = torch.where(some[..., 0], torch.logsumexp(wide, -1), NEG_INF)
-        return from_bhsd(p @ v4, layout, rank), lse_from_bhs(lse, rank), seen
+        return from_bhsd(product(p, repeated(v)), layout, rank), lse_from_bhs(lse, rank), seen
 
     out, lse, seen = forward(*leaves)
     result = Result(out.detach(), lse.detach(), seen)
@@ -217,13 +230,15 @@ def largest(x: Tensor) -> float:
 
 
 def complaint(
-    name: str, got: Tensor, want: Tensor, baseline: Tensor | None, term: float = 0.0, input_dtype: torch.dtype | None = None
+    name: str, got: Tensor, want: Tensor, baselines: Sequence[Tensor] = (), term: float = 0.0, input_dtype: torch.dtype | None = None
 ) -> str | None:
     """None when `got` obeys the error rule, else one line that says how it does not.
 
-    want: the fp64 reference. baseline: the unfused same-dtype result, or None to grant only the last bits.
-    term: size of the summands where the result is a sum that may cancel. input_dtype: that of q, where the
-    result has another one: accumulation happens in fp32 for all but fp64.
+    want: the fp64 reference. baselines: unfused same-dtype results; without them only the last bits are granted.
+    term: size of the largest summand where the result is a sum that cancels. A gradient of the scores is
+    p (dp - delta), and with few keys the two are all but equal: how much of their rounding is left over is
+    luck, for any algorithm, so the last bits are those of the summands. input_dtype: that of q, whose
+    arithmetic (fp32 for all but fp64) these last bits belong to.
     """
     if tuple(got.shape) != tuple(want.shape):
         return f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
@@ -239,7 +254,7 @@ def complaint(
     if input_dtype is not None:
         work = torch.float64 if input_dtype == torch.float64 else torch.float32
         granted = max(granted, SLACK_ULPS[work] * ulp(max(size, term), work))
-    theirs = 0.0 if baseline is None else largest((baseline.double() - want)[finite])
+    theirs = max((largest((b.double() - want)[finite]) for b in baselines), default=0.0)
     if error > theirs + granted:
         return f"{name}: error {error:.3e}, unfused {theirs:.3e} + {granted:.3e} granted"
     return None

@@ -16,9 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
-from build_tools import native  # noqa: E402
-
 import flash_attn_ext as fae  # noqa: E402
+from build_tools import native  # noqa: E402
 from flash_attn_ext import _C, _load  # noqa: E402
 
 
@@ -94,7 +93,7 @@ def test_wheel_and_second_build(tmp_path):
         metadata = archive.read(next(n for n in names if n.endswith("METADATA"))).decode()
         archive.extractall(tmp_path / "site")
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / native.PACKAGE).rglob("*.py")}
-    assert modules | {native.EXTENSION_MODULE, native.OPERATOR_LIBRARY, "flash_attn_ext/py.typed"} <= set(names)
+    assert modules | {*native.BINARIES, "flash_attn_ext/py.typed"} <= set(names)
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"flash_attn_ext"}
     assert "License-Expression: BSD-3-Clause" in metadata and "Requires-Dist: torch>=2.11" in metadata
 
@@ -109,7 +108,9 @@ def test_wheel_and_second_build(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert used.stdout.split() == [str(tmp_path / "site" / "flash_attn_ext" / "__init__.py"), "6.0"], used.stderr
+    assert used.stdout.split() == [str(tmp_path / "site" / "flash_attn_ext" / "__init__.py"), "6.0"], (
+        used.stderr
+    )
 
     again = python("-m", "build_tools.native")
     assert again.returncode == 0, again.stdout + again.stderr

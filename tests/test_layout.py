@@ -33,20 +33,22 @@ def files(root: Path, suffixes: set[str], homes: tuple[str, ...] = HOMES) -> lis
     return sorted(file for home in homes for file in (root / home).rglob("*") if file.suffix in suffixes)
 
 
+def may_include(root: Path, room: str, bracket: str, path: str) -> bool:
+    if bracket == '"':
+        return path.split("/")[0] in ALLOWED.get(room, {room}) and (root / "csrc" / path).is_file()
+    if path.startswith(TORCH_LIKE):
+        return room == "torch" and path.startswith(STABLE_TORCH)
+    return room == "python" or not path.startswith(PYTHON_LIKE)
+
+
 def include_faults(root: Path) -> list[str]:
     """Every include that points the wrong way, or at a torch header outside the stable set."""
     faults = []
     for file in files(root, CPP, ("csrc",)):
         name = file.relative_to(root / "csrc")
-        room = name.parts[0]
         for bracket, path in INCLUDE.findall(COMMENT.sub("", file.read_text())):
-            if bracket == '"':
-                if path.split("/")[0] not in ALLOWED.get(room, {room}) or not (root / "csrc" / path).is_file():
-                    faults.append(f'{name} includes "{path}"')
-            elif path.startswith(TORCH_LIKE) and not (room == "torch" and path.startswith(STABLE_TORCH)):
-                faults.append(f"{name} includes <{path}>")
-            elif path.startswith(PYTHON_LIKE) and room != "python":
-                faults.append(f"{name} includes <{path}>")
+            if not may_include(root, name.parts[0], bracket, path):
+                faults.append(f"{name} includes {path}")
     return faults
 
 

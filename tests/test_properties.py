@@ -6,10 +6,9 @@ import pytest
 import torch
 from cases import PATTERNS, Case, build
 from conftest import CPU_TARGETS, PORTABLE
-from harness import complaints, run
+from harness import complaints, expectations, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import attend, unfused
 
 import flash_attn_ext as fae
 
@@ -53,10 +52,7 @@ def problems(draw) -> Case:
 @given(case=problems(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
 def test_any_problem(target, case, dtype):
     inputs = build(case, dtype)
-    grads = {"dout": inputs.dout, "dlse": inputs.dlse}
-    exact = attend(inputs.q, inputs.k, inputs.v, **grads, **inputs.kwargs())
-    plain = unfused(inputs.q, inputs.k, inputs.v, **grads, **inputs.kwargs())
-    found = complaints(run(inputs, target.backend), inputs, exact, plain)
+    found = complaints(run(inputs, target.backend), inputs, *expectations(inputs))
     assert not found, "\n".join(found)
 
 

@@ -40,6 +40,9 @@ FAE_HD inline Band make_band(Causal causal, int64_t window_left, int64_t window_
     const int64_t diagonal = causal == Causal::kBottomRight ? shift : 0;
     if (diagonal < band.hi) band.hi = diagonal;
   }
+  // A window that ends before it begins (top-left causal, far right window): nobody sees
+  // anything, said so that several rows together see nothing either.
+  if (band.lo > band.hi) band = {Band::kUnbounded, -Band::kUnbounded};
   return band;
 }
 
@@ -88,7 +91,7 @@ FAE_HD inline KeyRange seeing_queries(const Band& band, int64_t seq_q, int64_t k
 FAE_HD inline TileClass classify(const Band& band, int64_t kv_length, int64_t q_begin, int64_t q_end,
                                  int64_t k_begin, int64_t k_end) {
   const KeyRange seen = visible_keys(band, kv_length, q_begin, q_end);
-  if (seen.end <= k_begin || seen.begin >= k_end) return TileClass::kSkip;
+  if (seen.empty() || seen.end <= k_begin || seen.begin >= k_end) return TileClass::kSkip;
   // Every query sees every key when the most restricted query on each side does.
   const bool full = q_end - 1 + band.lo <= k_begin && q_begin + band.hi >= k_end - 1 && k_end <= kv_length;
   return full ? TileClass::kFull : TileClass::kPartial;

@@ -1,6 +1,7 @@
 // Runs the backward pass.
 #include <atomic>
 #include <memory>
+#include <thread>
 
 #include "cpu/dispatch.h"
 #include "cpu/workspace.h"
@@ -17,28 +18,38 @@ void run_heads(const BackwardCall& call, const Plan& plan, const BackwardKernel&
 }
 
 // Few heads: their query rows are cut into chunks, a number that depends on the problem
-// alone, and all chunks go through the key blocks in step. Whoever finishes a head's last
-// chunk adds up the chunks' dK and dV, always in the same order.
+// alone. Tasks are drawn block of keys by block, last first (under a causal mask the first
+// keys keep most chunks busy), chunk by chunk, head by head. A chunk adds
+// to its dQ rows block after block, and a block's dK and dV are summed chunk after chunk;
+// a task that comes too early for that waits for one that was drawn before it, so the
+// order of every sum is fixed and nothing can wait for ever.
 void run_chunks(const BackwardCall& call, const Plan& plan, const BackwardKernel& kernel, std::byte* workspace,
                 std::byte* shared, const Executor& executor) {
   const Problem& p = call.problem;
-  const int64_t units = plan.tasks / plan.chunks;
+  const int64_t units = plan.tasks / plan.chunks, last = plan.chunks - 1;
+  const int64_t blocks = (p.seq_kv + plan.block_kv - 1) / plan.block_kv;
   const size_t dq_bytes = kernel.dq_bytes(p), dkv_bytes = kernel.dkv_bytes(p, plan);
-  std::byte* const dkv = shared + size_t(units) * dq_bytes;
-  const std::unique_ptr<std::atomic<int64_t>[]> left(new std::atomic<int64_t>[size_t(units)]);
-  for (int64_t k = 0; k < p.seq_kv; k += plan.block_kv) {
-    for (int64_t u = 0; u < units; ++u) left[size_t(u)].store(plan.chunks, std::memory_order_relaxed);
-    for_each_task(executor, plan.tasks, [&](int worker, int64_t task) {
-      const int64_t unit = task % units, chunk = task / units;
-      std::byte* const own = workspace + size_t(worker) * plan.worker_bytes;
-      std::byte* const unit_dkv = dkv + size_t(unit * plan.chunks) * dkv_bytes;
-      kernel.run_chunk(call, plan, unit, chunk, k, shared + size_t(unit) * dq_bytes,
-                       unit_dkv + size_t(chunk) * dkv_bytes, own);
-      if (left[size_t(unit)].fetch_sub(1, std::memory_order_acq_rel) == 1) {
-        kernel.finish_keys(call, plan, unit, k, unit_dkv, own);
-      }
-    });
-  }
+  // Two sets of sums, so that a block can begin while the one before waits for its last chunk.
+  std::byte* const sums = shared + size_t(units) * dq_bytes;
+  // Blocks that (unit, chunk) has finished.
+  const std::unique_ptr<std::atomic<int64_t>[]> finished(new std::atomic<int64_t>[size_t(plan.tasks)]);
+  for (int64_t i = 0; i < plan.tasks; ++i) finished[size_t(i)].store(0, std::memory_order_relaxed);
+  const auto wait = [&](int64_t unit, int64_t chunk, int64_t count) {
+    while (finished[size_t(unit * plan.chunks + chunk)].load(std::memory_order_acquire) < count) {
+      std::this_thread::yield();
+    }
+  };
+  for_each_task(executor, plan.tasks * blocks, [&](int worker, int64_t task) {
+    const int64_t unit = task % units, chunk = task / units % plan.chunks, step = task / plan.tasks;
+    const int64_t k = (blocks - 1 - step) * plan.block_kv;
+    std::byte* const own = workspace + size_t(worker) * plan.worker_bytes;
+    wait(unit, chunk, step);
+    const bool any = kernel.run_chunk(call, plan, unit, chunk, k, shared + size_t(unit) * dq_bytes, own);
+    if (chunk == 0) wait(unit, last, step - 1);
+    else wait(unit, chunk - 1, step + 1);
+    kernel.merge_keys(call, plan, unit, chunk, k, any, sums + size_t(2 * unit + step % 2) * dkv_bytes, own);
+    finished[size_t(unit * plan.chunks + chunk)].store(step + 1, std::memory_order_release);
+  });
 }
 
 }  // namespace

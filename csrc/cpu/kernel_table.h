@@ -12,17 +12,18 @@ struct ForwardKernel {
   void (*run)(const ForwardCall&, const Plan&, int64_t task, std::byte* workspace);
 };
 
-// dq and dkv are the running sums of one K/V head and of one (head, chunk), in the
-// accumulator type; their sizes are in bytes.
+// dq: running sums of one K/V head's query gradients; dkv: sums of one block's dK and dV,
+// both in the accumulator type, sizes in bytes. run_chunk leaves its share of dK and dV in
+// the workspace, from where merge_keys takes it, and tells whether there is any.
 struct BackwardKernel {
   size_t (*workspace)(const BackwardCall&, const Plan&);
   size_t (*dq_bytes)(const Problem&);
   size_t (*dkv_bytes)(const Problem&, const Plan&);
   void (*run_head)(const BackwardCall&, const Plan&, int64_t unit, std::byte* workspace);
-  void (*run_chunk)(const BackwardCall&, const Plan&, int64_t unit, int64_t chunk, int64_t k, std::byte* dq,
-                    std::byte* dkv, std::byte* workspace);
-  void (*finish_keys)(const BackwardCall&, const Plan&, int64_t unit, int64_t k, std::byte* dkv,
-                      std::byte* workspace);
+  bool (*run_chunk)(const BackwardCall&, const Plan&, int64_t unit, int64_t chunk, int64_t k, std::byte* dq,
+                    std::byte* workspace);
+  void (*merge_keys)(const BackwardCall&, const Plan&, int64_t unit, int64_t chunk, int64_t k, bool any,
+                     std::byte* dkv, std::byte* workspace);
 };
 
 struct BiasGradKernel {

@@ -6,9 +6,10 @@
 namespace fae::cpu {
 namespace {
 
-// What a core keeps close while it works on one block of keys. Half of the smallest
-// second-level cache of current servers (1 MiB); measured flat around it.
-constexpr int64_t kKeyBytes = 400 << 10;
+// What a core keeps close while it works on one block of keys: packed keys and values,
+// and the rows that go over them; together about the second-level cache of current servers
+// (1 to 2 MiB). Measured flat around these values, and falling below half of them.
+constexpr int64_t kKeyBytes = 512 << 10;
 constexpr int64_t kRowBytes = 800 << 10;
 // Below this much work per thread, waking another thread costs more than it saves.
 constexpr double kFlopsPerThread = 4e5;
@@ -73,7 +74,7 @@ Plan plan_forward(const Problem& p, Isa isa, int threads) {
   const int64_t key_bytes = (p.dim + p.dim_v) * info.element_bytes;
   const int64_t row_bytes = p.dim * info.element_bytes + p.dim_v * info.accumulator_bytes;
   // Depends on the head dims alone, as a row's rounding depends on it.
-  plan.block_kv = fitting(kKeyBytes, key_bytes, info.register_cols, 6 * 64);
+  plan.block_kv = fitting(kKeyBytes, key_bytes, info.register_cols, 12 * 64);
   plan.block_kv = std::min(plan.block_kv, round_up(std::max<int64_t>(p.seq_kv, 1), info.register_cols));
   const int64_t units = p.batch * p.heads_kv;
   const int64_t rows = p.packed_rows();
@@ -125,7 +126,7 @@ Plan plan_backward(const Problem& p, Isa isa, int threads) {
   plan.worker_bytes = std::max(kernels.backward.workspace(call, plan), kernels.bias_grad.workspace(call, plan));
   if (plan.chunks > 1) {
     plan.shared_bytes = size_t(units) * kernels.backward.dq_bytes(p) +
-                        size_t(plan.tasks) * kernels.backward.dkv_bytes(p, plan);
+                        size_t(2 * units) * kernels.backward.dkv_bytes(p, plan);
   }
   return plan;
 }

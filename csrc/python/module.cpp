@@ -1,6 +1,7 @@
 // flash_attn_ext._C: introspection, and attention on arrays of any library.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <string>
 #include <thread>
 #include <vector>
@@ -129,15 +130,6 @@ py::dict explain_call(const py::dict& desc, const py::object& isa, int threads, 
   return result;
 }
 
-// Below this much work a second thread costs more than it saves.
-constexpr double kFlopsPerThread = 2e6;
-
-int threads_for(const Problem& problem) {
-  const double useful = dense_forward_flops(problem) / kFlopsPerThread;
-  const unsigned available = std::thread::hardware_concurrency();
-  return useful < 2 || available < 2 ? 1 : int(useful < double(available) ? useful : double(available));
-}
-
 void flash_attention(const py::object& q, const py::object& k, const py::object& v, const py::object& out,
                      bool causal, const py::object& scale) {
   const ArrayArgument q_array("q", q, Access::kRead);
@@ -166,7 +158,7 @@ void flash_attention(const py::object& q, const py::object& k, const py::object&
   const cpu::Isa isa = cpu::active_isa();
 
   const py::gil_scoped_release released;
-  const cpu::Executor executor = cpu::std_executor(threads_for(forward.problem));
+  const cpu::Executor executor = cpu::std_executor(std::max(1, int(std::thread::hardware_concurrency())));
   cpu::forward(forward, cpu::plan_forward(forward.problem, isa, executor.threads), executor);
 }
 

@@ -4,6 +4,10 @@
 // flash_attn_ext/_errors.py which exception to raise in its place.
 #pragma once
 
+#include <torch/csrc/stable/c/shim.h>
+
+#include <cstdint>
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -20,6 +24,18 @@ namespace fae::torch_ops {
 
 inline void check_call(const CallDesc& call) {
   if (const auto error = validate(call)) raise(error->kind, error->text);
+}
+
+// A kernel whose every failure is one that the stable ABI can carry.
+template <void (*kernel)(StableIValue*, uint64_t, uint64_t)>
+void reporting(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  try {
+    kernel(stack, inputs, outputs);
+  } catch (const std::bad_alloc&) {
+    throw std::runtime_error("flash_attn_ext: out of memory: the workspace could not be allocated");
+  } catch (const std::invalid_argument& error) {  // of the environment, by cpu::active_isa()
+    raise(CallError::Kind::kValue, error.what());
+  }
 }
 
 }  // namespace fae::torch_ops

@@ -22,9 +22,7 @@ TensorRef run_forward(const CallDesc& call, const TensorDesc& out, bool return_l
   return std::move(lse.tensor);
 }
 
-struct Inputs {
-  TensorRef q, k, v;
-};
+struct Inputs { TensorRef q, k, v; };
 
 Inputs take_inputs(Arguments& arguments, CallDesc* call) {
   Inputs inputs{arguments.tensor(), arguments.tensor(), arguments.tensor()};

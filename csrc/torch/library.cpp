@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "torch/errors.h"
 #include "torch/ops.h"
 
 namespace {
@@ -34,8 +35,9 @@ STABLE_TORCH_LIBRARY(flash_attn_ext, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn_ext, CPU, m) {
-  m.impl("attention", &fae::torch_ops::attention_forward);
-  m.impl("attention_forward", &fae::torch_ops::attention_forward);
-  m.impl("attention_forward_out", &fae::torch_ops::attention_forward_out);
-  m.impl("attention_backward", &fae::torch_ops::attention_backward);
+  using namespace fae::torch_ops;
+  m.impl("attention", &reporting<attention_forward>);
+  m.impl("attention_forward", &reporting<attention_forward>);
+  m.impl("attention_forward_out", &reporting<attention_forward_out>);
+  m.impl("attention_backward", &reporting<attention_backward>);
 }

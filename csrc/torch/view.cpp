@@ -1,8 +1,8 @@
 #include "torch/view.h"
 
 #include <algorithm>
-#include <new>
 #include <stdexcept>
+#include <string>
 
 namespace fae::torch_ops {
 namespace {
@@ -121,15 +121,21 @@ NewTensor new_tensor(DType dtype, int rank, const int64_t* shape) {
   desc.dtype = dtype;
   desc.rank = rank;
   int64_t step = 1;
+  int64_t bytes = size_of(dtype);
   for (int axis = rank - 1; axis >= 0; --axis) {
     desc.shape[axis] = shape[axis];
     desc.stride[axis] = step;
-    step *= std::max<int64_t>(shape[axis], 1);
+    const int64_t count = std::max<int64_t>(shape[axis], 1);
+    if (__builtin_mul_overflow(bytes, count, &bytes)) {
+      throw std::runtime_error("flash_attn_ext: out of memory: a result would have more than 2^63 bytes");
+    }
+    step *= count;
   }
   AtenTensorHandle handle = nullptr;
   if (aoti_torch_empty_strided(rank, desc.shape, desc.stride, code_of(dtype), kCodes.cpu, 0, &handle) !=
       TORCH_SUCCESS) {
-    throw std::bad_alloc();
+    throw std::runtime_error("flash_attn_ext: out of memory: a result of shape " + shape_text(desc) +
+                             " needs " + std::to_string(bytes >> 20) + " MiB");
   }
   result.tensor = TensorRef(handle);
   check(torch_get_mutable_data_ptr(handle, &desc.data));

@@ -108,8 +108,7 @@ def save_heatmap(similarity: torch.Tensor, path: Path) -> None:
     axis.set_yticks(range(len(labels)), [f"{text}  {i}" for i, text in enumerate(labels)], fontsize=8)
     axis.set_title("similarity of the sentences' embeddings")
     figure.colorbar(image, shrink=0.8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
 
 

@@ -34,8 +34,8 @@ class Backward : private ScoreGrad<P, S> {
       tile_gradients_ = arena_.template take<Operand>(kRows * plan.block_kv);
     }
     special_ = arena_.template take<int64_t>(plan.block_kv + 2 * plan.block_q);
+    dkv_ = arena_.template take<Real>(dkv_size(p_, plan));
     if (plan.chunks == 1) {
-      dkv_ = arena_.template take<Real>(dkv_size(p_, plan));
       dq_ = arena_.template take<Real>(p_.packed_rows() * dim_padded_);
     }
   }
@@ -53,28 +53,35 @@ class Backward : private ScoreGrad<P, S> {
     clear(dq_, dq_size(p_));
     for (int64_t k = 0; k < p_.seq_kv; k += plan_.block_kv) {
       accumulate_block(k);
-      store_keys(k, dkv_, 1);
+      store_keys(k, dkv_);
     }
     store_queries();
   }
 
-  // One chunk against the block of keys at k. dq: [packed_rows][dim_padded] of this head,
-  // living from the first block to the last; dkv: this chunk's sums.
-  void run_chunk(int64_t unit, int64_t chunk, int64_t k, Real* dq, Real* dkv) {
+  // One chunk against the block of keys at k; blocks come last to first. dq:
+  // [packed_rows][dim_padded] of this head, living through all of them.
+  bool run_chunk(int64_t unit, int64_t chunk, int64_t k, Real* dq) {
     const int64_t rows = (p_.packed_rows() + plan_.chunks - 1) / plan_.chunks;
     const int64_t begin = chunk * rows < p_.packed_rows() ? chunk * rows : p_.packed_rows();
     select(unit, begin, begin + rows < p_.packed_rows() ? begin + rows : p_.packed_rows());
     dq_ = dq;
-    dkv_ = dkv;
-    if (k == 0) clear(dq_ + chunk_begin_ * dim_padded_, (chunk_end_ - chunk_begin_) * dim_padded_);
-    accumulate_block(k);
-    if (k + plan_.block_kv >= p_.seq_kv) store_queries();
+    if (k + plan_.block_kv >= p_.seq_kv) clear(dq_ + chunk_begin_ * dim_padded_, (chunk_end_ - chunk_begin_) * dim_padded_);
+    const bool any = accumulate_block(k);
+    if (k == 0) store_queries();
+    return any;
   }
 
-  // Adds the chunks' sums in order and writes dK and dV of the block at k.
-  void finish_keys(int64_t unit, int64_t k, Real* dkv) {
+  // Adds what run_chunk left in this workspace, if anything, to the block's sums; called for
+  // chunk 0, 1, ... in turn, the last one writes dK and dV.
+  void merge_keys(int64_t unit, int64_t chunk, int64_t k, bool any, Real* sums) {
+    const int64_t n = any || chunk == 0 ? dkv_size(p_, plan_) : 0;
+    for (int64_t i = 0; i < n; i += V::kWidth) {
+      const auto own = V::load(dkv_ + i);
+      V::store(sums + i, chunk == 0 ? own : V::add(V::load(sums + i), own));
+    }
+    if (chunk + 1 < plan_.chunks) return;
     select(unit, 0, 0);
-    store_keys(k, dkv, plan_.chunks);
+    store_keys(k, sums);
   }
 
  private:
@@ -89,16 +96,17 @@ class Backward : private ScoreGrad<P, S> {
     chunk_end_ = end;
   }
 
-  void accumulate_block(int64_t k) {
+  // False when no row of the chunk sees any of the keys; dkv_ is zero then.
+  bool accumulate_block(int64_t k) {
     clear(dkv_, dkv_size(p_, plan_));
     int64_t k_end = k + plan_.block_kv < p_.seq_kv ? k + plan_.block_kv : p_.seq_kv;
     if (k_end > this->kv_length_) k_end = this->kv_length_;
-    if (k >= k_end) return;
+    if (k >= k_end) return false;
     const KeyRange queries = seeing_queries(p_.masking.band, p_.seq_q, k, k_end);
     const int64_t group = p_.group();
     const int64_t begin = queries.begin * group > chunk_begin_ ? queries.begin * group : chunk_begin_;
     const int64_t end = queries.end * group < chunk_end_ ? queries.end * group : chunk_end_;
-    if (begin >= end) return;
+    if (begin >= end) return false;
     this->load_keys(k, k_end);
     special_keys_ = 0;
     if (!pack_rows<P>(this->rows_of(p_.k, this->head_kv_, k), k_end - k, p_.dim, k_rows_)) {
@@ -108,6 +116,7 @@ class Backward : private ScoreGrad<P, S> {
     for (int64_t row = begin; row < end; row += plan_.block_q) {
       accumulate_rows(row, row + plan_.block_q < end ? row + plan_.block_q : end);
     }
+    return true;
   }
 
   void accumulate_rows(int64_t begin, int64_t end) {
@@ -278,30 +287,24 @@ class Backward : private ScoreGrad<P, S> {
     for (int64_t row = chunk_begin_; row < chunk_end_; ++row) {
       const RowRef at = this->ref(row);
       S* dst = static_cast<S*>(call_.dq.data) + call_.dq.offset(this->b_, at.head, at.query);
-      store_scaled(dst, call_.dq.stride[3], dq_ + row * dim_padded_, p_.dim, 0, 1, scale);
+      store_scaled(dst, call_.dq.stride[3], dq_ + row * dim_padded_, p_.dim, scale);
     }
   }
 
-  void store_keys(int64_t k, const Real* dkv, int64_t chunks) {
-    const int64_t n = k + plan_.block_kv < p_.seq_kv ? plan_.block_kv : p_.seq_kv - k;
-    const int64_t between = dkv_size(p_, plan_);
-    const typename V::Reg scale = V::set1(Real(p_.score.scale));
+  void store_keys(int64_t k, const Real* dkv) {
+    const int64_t n = p_.seq_kv - k < plan_.block_kv ? p_.seq_kv - k : plan_.block_kv;
+    const typename V::Reg scale = V::set1(Real(p_.score.scale)), one = V::set1(Real(1));
     for (int64_t j = 0; j < n; ++j) {
       S* dk = static_cast<S*>(call_.dk.data) + call_.dk.offset(this->b_, this->head_kv_, k + j);
       S* dv = static_cast<S*>(call_.dv.data) + call_.dv.offset(this->b_, this->head_kv_, k + j);
-      store_scaled(dk, call_.dk.stride[3], dkv + j * dim_padded_, p_.dim, between, chunks, scale);
-      store_scaled(dv, call_.dv.stride[3], dkv + plan_.block_kv * dim_padded_ + j * dim_v_padded_, p_.dim_v, between,
-                   chunks, V::set1(Real(1)));
+      store_scaled(dk, call_.dk.stride[3], dkv + j * dim_padded_, p_.dim, scale);
+      store_scaled(dv, call_.dv.stride[3], dkv + plan_.block_kv * dim_padded_ + j * dim_v_padded_, p_.dim_v, one);
     }
   }
 
-  // dst = scale * (src[0] + src[between] + ... ), `chunks` terms, in order.
-  void store_scaled(S* dst, int64_t stride, const Real* src, int64_t columns, int64_t between, int64_t chunks,
-                    typename V::Reg scale) {
+  static void store_scaled(S* dst, int64_t stride, const Real* src, int64_t columns, typename V::Reg scale) {
     for (int64_t c = 0; c < columns; c += V::kWidth) {
-      auto sum = V::load(src + c);
-      for (int64_t i = 1; i < chunks; ++i) sum = V::add(sum, V::load(src + i * between + c));
-      store_row<V>(dst + c * stride, stride, V::mul(sum, scale),
+      store_row<V>(dst + c * stride, stride, V::mul(V::load(src + c), scale),
                    int(columns - c < V::kWidth ? columns - c : V::kWidth));
     }
   }

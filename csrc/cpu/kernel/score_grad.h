@@ -14,20 +14,24 @@
 namespace fae::cpu::FAE_ISA_NAMESPACE {
 
 // In: score values and dP of one row. Out: P and dS, in place; hidden scores (-inf) give
-// exactly 0 for both, whatever dP is.
-template <class V>
-FAE_INLINE void score_gradient_row(typename V::Elem* s, typename V::Elem* dp, const typename V::Elem* slope,
-                                   int64_t columns, typename V::Elem natural, typename V::Elem lse,
-                                   typename V::Elem delta) {
+// exactly 0 for both, whatever dP, lse and delta are.
+template <class P>
+FAE_INLINE void score_gradient_row(typename P::Vec::Elem* s, typename P::Vec::Elem* dp,
+                                   const typename P::Vec::Elem* slope, int64_t columns,
+                                   typename P::Vec::Elem natural, typename P::Vec::Elem lse,
+                                   typename P::Vec::Elem delta) {
+  using V = typename P::Vec;
   using Real = typename V::Elem;
   using Reg = typename V::Reg;
   const Reg scale = V::set1(natural), minus_lse = V::set1(-lse), log2e = V::set1(Real(1.4426950408889634));
   const Reg delta_lanes = V::set1(delta), hidden = V::set1(Real(-__builtin_inf()));
   for (int64_t j = 0; j < columns; j += V::kWidth) {
     const Reg score = V::load(s + j);
-    const Reg p = V::exp2(V::mul(V::fma(score, scale, minus_lse), log2e));
+    const auto is_hidden = V::equal(score, hidden);
+    Reg p = P::exp2(V::mul(V::fma(score, scale, minus_lse), log2e));
     Reg ds = V::mul(p, V::sub(V::load(dp + j), delta_lanes));
-    ds = V::select(V::equal(score, hidden), V::zero(), ds);
+    p = V::select(is_hidden, V::zero(), p);
+    ds = V::select(is_hidden, V::zero(), ds);
     V::store(s + j, p);
     if (slope) {
       V::store(dp + j, V::mul(ds, V::load(slope + j)));
@@ -144,7 +148,7 @@ class ScoreGrad {
     Real* slope = before_softcap ? slope_ : nullptr;
     finish_scores<V>(p_, b_, kv_length_, partial, masked, tile, scratch_, slope, plan_.block_kv);
     for (int i = 0; i < rows; ++i) {
-      score_gradient_row<V>(tile.s + i * ld, ds + first + i * ld, slope ? slope + i * plan_.block_kv : nullptr,
+      score_gradient_row<P>(tile.s + i * ld, ds + first + i * ld, slope ? slope + i * plan_.block_kv : nullptr,
                             columns, scale_.natural, lse_[row + i], delta_[row + i]);
     }
     return true;

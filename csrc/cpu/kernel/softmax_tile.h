@@ -41,15 +41,15 @@ FAE_INLINE typename P::Vec::Elem softmax_row(const typename P::Vec::Elem* s, int
   Reg total = V::zero(), other = V::zero();
   int64_t j = 0;
   for (; j + 2 * V::kWidth <= columns; j += 2 * V::kWidth) {
-    const Reg x = V::exp2(V::mul(V::sub(V::load(s + j), shift_lanes), scale_lanes));
-    const Reg y = V::exp2(V::mul(V::sub(V::load(s + j + V::kWidth), shift_lanes), scale_lanes));
+    const Reg x = P::exp2(V::mul(V::sub(V::load(s + j), shift_lanes), scale_lanes));
+    const Reg y = P::exp2(V::mul(V::sub(V::load(s + j + V::kWidth), shift_lanes), scale_lanes));
     P::store(p + j, x);
     P::store(p + j + V::kWidth, y);
     total = V::add(total, x);
     other = V::add(other, y);
   }
   if (j < columns) {
-    const Reg x = V::exp2(V::mul(V::sub(V::load(s + j), shift_lanes), scale_lanes));
+    const Reg x = P::exp2(V::mul(V::sub(V::load(s + j), shift_lanes), scale_lanes));
     P::store(p + j, x);
     total = V::add(total, x);
   }

@@ -30,14 +30,13 @@ struct BackwardFunctions {
   static void run_head(const BackwardCall& call, const Plan& plan, int64_t unit, std::byte* workspace) {
     Backward<P, S>(call, plan, workspace).run_head(unit);
   }
-  static void run_chunk(const BackwardCall& call, const Plan& plan, int64_t unit, int64_t chunk, int64_t k,
-                        std::byte* dq, std::byte* dkv, std::byte* workspace) {
-    Backward<P, S>(call, plan, workspace)
-        .run_chunk(unit, chunk, k, reinterpret_cast<Real*>(dq), reinterpret_cast<Real*>(dkv));
+  static bool run_chunk(const BackwardCall& call, const Plan& plan, int64_t unit, int64_t chunk, int64_t k,
+                        std::byte* dq, std::byte* workspace) {
+    return Backward<P, S>(call, plan, workspace).run_chunk(unit, chunk, k, reinterpret_cast<Real*>(dq));
   }
-  static void finish_keys(const BackwardCall& call, const Plan& plan, int64_t unit, int64_t k, std::byte* dkv,
-                          std::byte* workspace) {
-    Backward<P, S>(call, plan, workspace).finish_keys(unit, k, reinterpret_cast<Real*>(dkv));
+  static void merge_keys(const BackwardCall& call, const Plan& plan, int64_t unit, int64_t chunk, int64_t k,
+                         bool any, std::byte* dkv, std::byte* workspace) {
+    Backward<P, S>(call, plan, workspace).merge_keys(unit, chunk, k, any, reinterpret_cast<Real*>(dkv));
   }
 };
 
@@ -59,7 +58,7 @@ constexpr DTypeKernels dtype_kernels(const char* name) {
   using D = BiasGradFunctions<P, S>;
   return {{name, int(sizeof(typename P::Operand)), int(sizeof(typename V::Elem)), V::kTileRows, int(kPanel<P>)},
           {&forward_workspace<P, S>, &forward_task<P, S>},
-          {&B::workspace, &B::dq_bytes, &B::dkv_bytes, &B::run_head, &B::run_chunk, &B::finish_keys},
+          {&B::workspace, &B::dq_bytes, &B::dkv_bytes, &B::run_head, &B::run_chunk, &B::merge_keys},
           {&D::workspace, &D::tasks, &D::run}};
 }
 

@@ -21,6 +21,13 @@ struct Bf16DotProduct {
     return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
   }
 
+  // Degree 4, 2.8e-6 relative: a thousandth of what rounding to bf16 then loses.
+  static FAE_INLINE Reg exp2(Reg x) {
+    constexpr float c[] = {1.0f, 0.6931241929732577f, 0.24024098627253826f, 0.05590642834068685f,
+                           0.009582853433786913f};
+    const Reg f = F32::fraction(x);
+    return _mm512_scalef_ps(horner<F32>(f, c, 4), _mm512_sub_ps(x, f));
+  }
   static FAE_INLINE void store(BFloat16* p, Reg r) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(r));
   }

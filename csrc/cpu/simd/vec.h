@@ -14,7 +14,7 @@
 //   max(a, b)               b where either is NaN
 //   less(a, b) equal(a, b) select(mask, a, b)  a where the mask is set
 //   any(mask), bytes_set(p, n)  lanes whose byte p[lane] is not 0
-//   exp2(x)                 2^x for x <= 128; 0 for -inf, NaN for NaN, 1 for 0
+//   exp2(x)                 2^x for x <= 127; 0 for -inf, NaN for NaN, 1 for 0
 //   reduce_max(r) reduce_add(r)
 //   transpose(r)            kWidth x kWidth block held in r[kWidth], in place
 #pragma once

@@ -72,9 +72,12 @@ struct F32 {
     return Mask(_mm_test_epi8_mask(_mm_maskz_loadu_epi8(first(n), p), _mm_set1_epi8(-1)));
   }
 
+  // vreduceps gives x - round(x), and 0 for an infinity; vscalefps underflows to 0.
+  static FAE_INLINE Reg fraction(Reg x) {
+    return _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
   static FAE_INLINE Reg exp2(Reg x) {
-    // vreduceps gives x - round(x), and 0 for an infinity; vscalefps underflows to 0.
-    const Reg f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const Reg f = fraction(x);
     return _mm512_scalef_ps(exp2_polynomial<F32>(f), _mm512_sub_ps(x, f));
   }
   static FAE_INLINE float reduce_max(Reg r) { return _mm512_reduce_max_ps(r); }

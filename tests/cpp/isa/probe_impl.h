@@ -86,11 +86,11 @@ struct ScoreFunctions {
     for (int i = 0; i < count; ++i) refs[i] = {rows[i].head, rows[i].query};
   }
   static void finish(const Problem& p, int64_t b, int64_t kv_length, bool partial, bool masked,
-                     const probe::Tile<Real>& tile, Real* slope, Real* scratch) {
+                     const probe::Tile<Real>& tile, Real* scratch, Real* slope, int64_t slope_ld) {
     RowRef refs[probe::kMaxRows];
     to_refs(tile.rows, tile.row_count, refs);
     const ScoreTile<V> t{tile.s, tile.ld, tile.k_begin, tile.keys, tile.columns, refs, tile.row_count};
-    finish_scores<V>(p, b, kv_length, partial, masked, t, slope, scratch);
+    finish_scores<V>(p, b, kv_length, partial, masked, t, scratch, slope, slope_ld);
   }
   static TileClass mask_class(const View4& mask, int64_t b, const probe::Row* rows, int count, int64_t k_begin,
                               int64_t k_end) {
