@@ -19,6 +19,7 @@ from build_tools.native import BINARIES, MIN_TORCH, ROOT, find_torch
 WORK = ROOT / "build" / "abi"
 TREE = WORK / "tree"
 OLDEST = f"{MIN_TORCH[0]}.{MIN_TORCH[1]}"
+REBUILDS = "tests/test_build.py::test_wheel_and_second_build"
 NOT_COPIED = (".git", ".venv", "build", "dist", "*.so", "*.egg-info", "__pycache__", ".pytest_cache")
 
 
@@ -49,9 +50,9 @@ def copy_tree() -> None:
     shutil.copytree(ROOT, TREE, ignore=shutil.ignore_patterns(*NOT_COPIED), dirs_exist_ok=True)
 
 
-def digest(file: Path) -> str:
-    """The start of a file's SHA-256, in hexadecimal."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+def digests() -> list[str]:
+    """The binaries under test and the starts of their SHA-256."""
+    return [f"{hashlib.sha256((TREE / name).read_bytes()).hexdigest()[:16]}  {name}" for name in BINARIES]
 
 
 def main(arguments: list[str]) -> int:
@@ -63,13 +64,16 @@ def main(arguments: list[str]) -> int:
     copy_tree()
     if run(oldest, "-m", "build_tools.native", cwd=TREE):
         return 1
+    built = digests()
+    print(*built, sep="\n")
     status = 0
     for python in (oldest, Path(sys.executable)):
-        for binary in BINARIES:
-            print(f"{digest(TREE / binary)}  {binary}", flush=True)
         run(python, "-c", "import torch; print('torch', torch.__version__)", cwd=TREE)
         pytest = arguments or ["-n", str(os.cpu_count() or 1)]
-        status |= run(python, "-m", "pytest", *pytest, cwd=TREE)
+        status |= run(python, "-m", "pytest", "--deselect", REBUILDS, *pytest, cwd=TREE)
+        if digests() != built:
+            sys.exit("error: the tests have changed the binaries under test")
+    print(*built, sep="\n")
     return status
 
 

@@ -93,7 +93,11 @@ def main(arguments: list[str] | None = None) -> int:
         return _bench.run(options)
     if options.command == "self-test":
         return _report_self_test(f"cpu/{options.isa}", "cpu")
-    return _doctor()
+    try:
+        return _doctor()
+    except ValueError as error:  # an environment variable that cannot be followed
+        print(f"flash_attn_ext: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def call_desc(
 ) -> dict:
     """The call in the form that `_C.validate` and `_C.plan` read."""
     named = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "kv_lengths": kv_lengths, "out": out}
-    # Addresses say whether `out` overlaps an input. A tensor that is being traced has none.
+    # Addresses tell whether `out` overlaps an input. A tensor that is being traced has none.
     with_address = out is not None and out.device.type != "meta" and not isinstance(out, FakeTensor)
     desc: dict = {name: _describe(tensor, with_address) for name, tensor in named.items()}
     desc.update(

@@ -12,9 +12,13 @@ from torch import Tensor
 LAYOUTS = {"bshd": 0, "bhsd": 1}
 
 
+# Devices whose operators autocast knows; asking torch cannot be traced before torch 2.12.
+AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
 def no_autocast(device: torch.device) -> AbstractContextManager:
     """A context in which operations keep the dtypes that they are given."""
-    if torch.amp.is_autocast_available(device.type):
+    if device.type in AUTOCAST_DEVICES:
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
@@ -38,6 +42,11 @@ def lse_shape(q: Tensor, layout: int) -> tuple[int, ...]:
 
 def lse_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def kernel_lse_dtype(q: Tensor) -> torch.dtype:
+    """What the CPU operators keep for the backward pass; see lse_dtype in csrc/core/problem.h."""
+    return torch.float64 if q.dtype in (torch.float32, torch.float64) else torch.float32
 
 
 def _scores_view(t: Tensor | None, heads: tuple[int, int]) -> Tensor | None:
@@ -71,9 +80,10 @@ class Problem:
         heads_kv = k.shape[1]
         heads = (heads_kv, q.shape[1] // heads_kv if heads_kv else 0)
         shift = k.shape[2] - q.shape[2]
-        highest = [shift + window_right] if window_right >= 0 else []
+        highest = shift + window_right if window_right >= 0 else None
         if causal:
-            highest.append(shift if causal == 1 else 0)
+            diagonal = shift if causal == 1 else 0
+            highest = diagonal if highest is None else min(highest, diagonal)
         return cls(
             q=q.unflatten(1, heads) if heads_kv else q[:, :, None],
             k=k,
@@ -82,7 +92,7 @@ class Problem:
             bias=_scores_view(bias, heads),
             kv_lengths=None if kv_lengths is None else kv_lengths[:, None, None, None, None],
             lowest=shift - window_left if window_left >= 0 else None,
-            highest=min(highest, default=None),
+            highest=highest,
             scale=1 / math.sqrt(q.shape[3]) if scale is None else scale,
             softcap=softcap,
         )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+
 import torch
 from torch import Tensor
 
 from . import ops
+from ._problem import AUTOCAST_DEVICES
 
 # Positions in the forward operators' arguments: three tensors, mask, bias, kv_lengths, options,
 # return_lse, and for `portable` two block sizes.
@@ -118,20 +122,19 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v as an active autocast wants them. float64 stays, as in torch's own operators;
     a bias keeps its dtype, for -1e38 would become -inf in a narrower one."""
     device = q.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (q, k, v))
 
 
-_AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA", "AutocastXPU", "AutocastMPS")
+_AUTOCAST_KEYS = [f"Autocast{device.upper()}" for device in AUTOCAST_DEVICES]
 _library = torch.library.Library("flash_attn_ext", "FRAGMENT")  # registrations live as long as it does
 
 
 def _register_autocast(operators: ops.Operators) -> None:
-    without_autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-    for key in _AUTOCAST_KEYS[1:]:
-        without_autocast = without_autocast | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    key_sets = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in _AUTOCAST_KEYS)
+    without_autocast = functools.reduce(operator.or_, key_sets)
 
     def kernel(q, k, v, *arguments):
         q, k, v = autocast(q, k, v)

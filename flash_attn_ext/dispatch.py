@@ -68,7 +68,7 @@ def set_backend(name: str) -> None:
         ValueError: there is no such backend.
         NotImplementedError: it exists and cannot run here; the message says why.
     """
-    check_backend_name("name", name)
+    check_backend_name("backend name", name)
     if name == "cuda":
         raise NotImplementedError(f"backend 'cuda' is unavailable: {unavailable()['cuda']}")
     global _default, _default_from
@@ -96,10 +96,10 @@ def objections(backend: str, device: torch.device, batch_invariant: bool = False
     reasons = []
     if reason := unavailable().get(backend):
         reasons.append(reason)
-    if backend == "cpu" and device.type not in ("cpu", "meta"):
+    if backend == "cpu" and device.type != "cpu":
         reasons.append(f"its kernels run on the CPU, q is on {device.type}")
-    if backend in ("portable", "standard") and batch_invariant:
-        reasons.append("torch's matmul, on which it stands, may round differently at another batch size")
+    if backend == "standard" and batch_invariant:
+        reasons.append("batch_invariant=True: one large product may round differently at another size")
     return reasons
 
 
@@ -116,16 +116,14 @@ def resolve(backend: str, configured: str, device: torch.device, batch_invariant
     if _default != "auto":
         check_backend_name(_default_from, _default)
         return _required(_default, device, batch_invariant)
-    best = "cpu" if device.type in ("cpu", "meta") else "portable"
-    _required(best, device, batch_invariant)
-    if best == "cpu":
+    if device.type in ("cpu", "meta"):
         log_auto_cpu()
-    else:
-        log_once(
-            logging.WARNING,
-            f"auto: no kernels for device {device.type!r} in this build, using the slower backend 'portable'",
-        )
-    return best
+        return "cpu"
+    log_once(
+        logging.WARNING,
+        f"auto: no kernels for device {device.type!r} in this build, using the slower backend 'portable'",
+    )
+    return "portable"
 
 
 def _required(name: str, device: torch.device, batch_invariant: bool) -> str:

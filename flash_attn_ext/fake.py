@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import ops
 from ._errors import check_call
-from ._problem import lse_dtype, lse_shape
+from ._problem import kernel_lse_dtype, lse_dtype, lse_shape
 
 
 def _check(*arguments, out: Tensor | None = None) -> None:
@@ -17,22 +17,25 @@ def _check(*arguments, out: Tensor | None = None) -> None:
         check_call(*arguments, out=out)
 
 
-def _fake_lse(q: Tensor, layout: int, return_lse: bool) -> Tensor:
-    return q.new_empty(lse_shape(q, layout) if return_lse else (0,), dtype=lse_dtype(q))
+def _fake_lse(q: Tensor, layout: int, return_lse: bool, dtype: torch.dtype) -> Tensor:
+    return q.new_empty(lse_shape(q, layout) if return_lse else (0,), dtype=dtype)
 
 
-def _forward(
-    q, k, v, mask, bias, kv_lengths, layout, causal, left, right, scale, softcap, return_lse, *blocks
-):
-    _check(q, k, v, mask, bias, kv_lengths, layout, causal, left, right, scale, softcap)
-    return q.new_empty(*q.shape[:-1], v.shape[-1]), _fake_lse(q, layout, return_lse)
+def _forward_with(lse_dtype_of):
+    def forward(
+        q, k, v, mask, bias, kv_lengths, layout, causal, left, right, scale, softcap, return_lse, *blocks
+    ):
+        _check(q, k, v, mask, bias, kv_lengths, layout, causal, left, right, scale, softcap)
+        return q.new_empty(*q.shape[:-1], v.shape[-1]), _fake_lse(q, layout, return_lse, lse_dtype_of(q))
+
+    return forward
 
 
 def _forward_out(
     q, k, v, out, mask, bias, kv_lengths, layout, causal, left, right, scale, softcap, return_lse
 ):
     _check(q, k, v, mask, bias, kv_lengths, layout, causal, left, right, scale, softcap, out=out)
-    return _fake_lse(q, layout, return_lse)
+    return _fake_lse(q, layout, return_lse, kernel_lse_dtype(q))
 
 
 def _backward(dout, dlse, q, k, v, out, lse, mask, bias, *options):
@@ -42,8 +45,9 @@ def _backward(dout, dlse, q, k, v, out, lse, mask, bias, *options):
 
 
 def register() -> None:
-    for operators in (ops.CPU, ops.PORTABLE):
-        torch.library.register_fake(operators.attention, _forward)
-        torch.library.register_fake(operators.forward, _forward)
+    for operators, lse_dtype_of in ((ops.CPU, kernel_lse_dtype), (ops.PORTABLE, lse_dtype)):
+        forward = _forward_with(lse_dtype_of)
+        torch.library.register_fake(operators.attention, forward)
+        torch.library.register_fake(operators.forward, forward)
         torch.library.register_fake(operators.backward, _backward)
     torch.library.register_fake(ops.forward_out, _forward_out)

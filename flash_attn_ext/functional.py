@@ -55,7 +55,8 @@ def flash_attention(
         return_lse: also return the log-sum-exp of every row of scores.
         deterministic: True asks for gradients that are bitwise equal from run to run; None
             asks when `torch.use_deterministic_algorithms` is on. The CPU's always are.
-        batch_invariant: results must not depend on batch size or on how queries are chunked.
+        batch_invariant: results must not depend on batch size or on how queries are chunked
+            ("portable" then takes one query at a time; "standard" refuses).
         backend: "auto", "cpu", "portable" (blockwise torch operations, any device) or
             "standard" (the unfused O(seq_q * seq_kv) computation).
         config: advice on tiles; see `AttentionConfig`. An argument given here goes before it.
@@ -86,9 +87,12 @@ def flash_attention(
             if not compiling:
                 dispatch.log_auto_cpu()
         else:
+            _check_types(q, k, v, mask, bias, kv_lengths, out, layout, causal, scale, softcap, config)
             config = config or _NO_CONFIG
             name = dispatch.resolve(backend, config.backend, q.device, batch_invariant)
-            blocks = (config.block_q or 0, config.block_kv or 0) if name == "portable" else ()
+            # One query at a time, no product depends on how many there are.
+            advice = (1 if batch_invariant else config.block_q or 0, config.block_kv or 0)
+            blocks = advice if name == "portable" else ()
             scale = config.softmax_scale if scale is None else scale
         if torch._C._is_any_autocast_enabled():
             q, k, v = autograd.autocast(q, k, v)
@@ -111,9 +115,9 @@ def flash_attention(
                 out, lse = operators.forward(*call, need_lse, *blocks)
             else:
                 out, lse = autograd.attention(operators, *call, need_lse, *blocks)
-        return (out, lse) if return_lse else out
+        return (out, lse.to(lse_dtype(q))) if return_lse else out
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-        _raise_for_types(q, k, v, mask, bias, kv_lengths, out, layout, causal, config)
+        _check_types(q, k, v, mask, bias, kv_lengths, out, layout, causal, scale, softcap, config)
         raise _errors.translate(error) from None
 
 
@@ -144,8 +148,8 @@ def window_bounds(window: object) -> tuple[int, int]:
     return tuple(-1 if side is None else side for side in window)
 
 
-def _raise_for_types(q, k, v, mask, bias, kv_lengths, out, layout, causal, config) -> None:
-    """Raises for an argument of a wrong type, which Python noticed before the validator could."""
+def _check_types(q, k, v, mask, bias, kv_lengths, out, layout, causal, scale, softcap, config) -> None:
+    """Raises for an argument that the validator, which reads tensors and numbers, could not even be given."""
     for name, value in {"q": q, "k": k, "v": v}.items():
         _errors.check_tensor(name, value)
     for name, value in {"mask": mask, "bias": bias, "kv_lengths": kv_lengths, "out": out}.items():
@@ -153,6 +157,9 @@ def _raise_for_types(q, k, v, mask, bias, kv_lengths, out, layout, causal, confi
             _errors.check_tensor(name, value)
     _errors.choice("layout", layout, LAYOUTS)
     _errors.choice("causal", causal, CAUSAL)
+    for name, value in {"scale": 0.0 if scale is None else scale, "softcap": softcap}.items():
+        if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if config is not None and not isinstance(config, AttentionConfig):
         raise TypeError(f"config must be an AttentionConfig or None, got {type(config).__name__}")
 
@@ -186,6 +193,8 @@ def merge_states(
     """
     for name, value in {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}.items():
         _errors.check_tensor(name, value)
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be floating, got {value.dtype}")
     _errors.choice("layout", layout, LAYOUTS)
     if out_a.dim() not in (2, 3, 4):
         raise ValueError(f"out_a must have rank 2, 3 or 4, got shape {tuple(out_a.shape)}")

@@ -115,7 +115,10 @@ def explain(
     )  # fmt: skip
     _errors.check_call(*call, out=out)
     threads = torch.get_num_threads()
-    native = _C.plan(_errors.call_desc(*call, out=out), None, threads, backward)
+    desc = _errors.call_desc(*call)
+    if kv_lengths is not None and kv_lengths.device.type == "cpu":
+        desc["kv_lengths"] += (kv_lengths.data_ptr(),)  # the plan counts the work that they leave
+    native = _C.plan(desc, None, threads, backward)
     rejected = {}
     for name in dispatch.BACKENDS:
         if name not in ("auto", chosen):
@@ -213,8 +216,8 @@ def estimate_memory(
             raise TypeError(f"{name} must be an int, got {size!r}")
         if size < 0:
             raise ValueError(f"{name} must be at least 0, got {size}")
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating torch.dtype, got {dtype!r}")
     rows = batch * heads * seq_q
     out = rows * dim * dtype.itemsize
     lse = rows * (8 if dtype == torch.float64 else 4)

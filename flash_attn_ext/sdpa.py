@@ -51,43 +51,59 @@ def scaled_dot_product_attention(
         >>> scaled_dot_product_attention(q, k, v, is_causal=True).shape
         torch.Size([2, 8, 1024, 64])
     """
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        _errors.check_tensor(name, tensor)
-        if tensor.dim() < 2:
-            raise ValueError(f"{name} must have at least 2 axes, got shape {tuple(tensor.shape)}")
-    if dropout_p != 0.0:
-        if not 0.0 < dropout_p <= 1.0:
-            raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
-        raise NotImplementedError(f"dropout_p must be 0.0: dropout is not implemented, got {dropout_p}")
-    if attn_mask is not None:
-        _errors.check_tensor("attn_mask", attn_mask)
-        if is_causal:
-            raise ValueError("attn_mask must be None when is_causal=True")
-        if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
-            raise TypeError(f"attn_mask must be bool or floating, got {attn_mask.dtype}")
-    causal = "top_left" if is_causal else False
-    query, key, value = _broadcast(query, key, value, enable_gqa)
-    if attn_mask is not None and query.dim() > 4:
-        attn_mask = _with_leading_axes(attn_mask, query)
     try:
-        return _attention(query, key, value, attn_mask, causal, scale)
-    except (NotImplementedError, TypeError, ValueError) as error:
+        if dropout_p != 0.0:
+            _refuse_dropout(dropout_p)
+        if attn_mask is not None and (is_causal or attn_mask.dtype != torch.bool):
+            _check_mask(attn_mask, is_causal)
+        own = 3 if enable_gqa else 2  # trailing axes that do not broadcast
+        leading = tuple(query.shape)[:-own]
+        if tuple(key.shape)[:-own] != leading or tuple(value.shape)[:-own] != leading:
+            query, key, value = _broadcast(query, key, value, own)
+        if attn_mask is not None and query.dim() > 4:
+            attn_mask = _with_leading_axes(attn_mask, query)
+        return _attention(query, key, value, attn_mask, "top_left" if is_causal else False, scale)
+    except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError) as error:
+        _check_tensors(query, key, value, attn_mask)
         raise type(error)(_in_torch_terms(str(error))) from None
 
 
-def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Views with equal leading axes; heads are one of them unless `enable_gqa`."""
+def _refuse_dropout(dropout_p: float) -> None:
+    if not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
+    if not 0.0 < dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
+    raise NotImplementedError(f"dropout_p must be 0.0: dropout is not implemented, got {dropout_p}")
+
+
+def _check_mask(attn_mask: Tensor, is_causal: bool) -> None:
+    if is_causal:
+        raise ValueError("attn_mask must be None when is_causal=True")
+    if not attn_mask.is_floating_point():
+        raise TypeError(f"attn_mask must be bool or floating, got {attn_mask.dtype}")
+
+
+def _check_tensors(query: object, key: object, value: object, attn_mask: object) -> None:
+    """Raises for what is no tensor, or has too few axes to be asked about them."""
+    for name, tensor in {"query": query, "key": key, "value": value}.items():
+        _errors.check_tensor(name, tensor)
+        if tensor.dim() < 2:
+            raise ValueError(f"{name} must have at least 2 axes, got shape {tuple(tensor.shape)}")
+    if attn_mask is not None:
+        _errors.check_tensor("attn_mask", attn_mask)
+
+
+def _broadcast(query: Tensor, key: Tensor, value: Tensor, own: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views with equal leading axes, all but the last `own`."""
+    _check_tensors(query, key, value, None)
     tensors = query, key, value
-    own = 3 if enable_gqa else 2  # trailing axes that do not broadcast
-    if query.shape[:-own] == key.shape[:-own] == value.shape[:-own]:
-        return tensors
     try:
         leading = torch.broadcast_shapes(*(t.shape[:-own] for t in tensors))
     except RuntimeError:
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
         raise ValueError(
             f"query, key and value have shapes {shapes}, whose leading axes do not broadcast"
-            + ("" if enable_gqa else "; different numbers of heads need enable_gqa=True")
+            + ("; different numbers of heads need enable_gqa=True" if own == 2 else "")
         ) from None
     return tuple(t.expand(*leading, *t.shape[-own:]) for t in tensors)
 
@@ -122,27 +138,26 @@ def _attention(
     """Equal leading axes, which `attn_mask` has as well when there are two or more."""
     if query.dim() > 4:
         return _many_batch_axes(query, key, value, attn_mask, causal, scale)
-    is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
-    options = {
-        "causal": causal,
-        "mask": attn_mask if is_bool else None,
-        "bias": None if is_bool else attn_mask,
-        "scale": scale,
-    }
-    order = _stride_order(query) if value.shape[-1] == query.shape[-1] else []
+    mask, bias = (
+        (attn_mask, None) if attn_mask is None or attn_mask.dtype == torch.bool else (None, attn_mask)
+    )
+    options = {"mask": mask, "bias": bias, "scale": scale}
+    if query.is_contiguous() or value.shape[-1] != query.shape[-1]:
+        return flash_attention(query, key, value, causal, layout="bhsd", **options)
+    order = _stride_order(query)
     natural = sorted(order)
-    if order == natural:
-        return flash_attention(query, key, value, layout="bhsd", **options)
     if order[-2:] == natural[-1:-3:-1]:
         # Heads inside sequence: the other layout, so that nothing is copied.
         try:
             q, k, v = (t.transpose(-3, -2) for t in (query, key, value))
-            return flash_attention(q, k, v, **options).transpose(-3, -2)
+            return flash_attention(q, k, v, causal, **options).transpose(-3, -2)
         except (TypeError, ValueError):
             # Again, for the same complaint in terms of the caller's layout.
-            flash_attention(query, key, value, layout="bhsd", **options)
+            flash_attention(query, key, value, causal, layout="bhsd", **options)
             raise
-    out = flash_attention(query, key, value, layout="bhsd", **options)
+    out = flash_attention(query, key, value, causal, layout="bhsd", **options)
+    if order == natural:
+        return out
     return out.permute(*order, 3).contiguous().permute(*map(order.index, natural), 3)
 
 

@@ -114,9 +114,9 @@ def _strided(shape: tuple[int, ...], recipe: str, fill) -> Tensor:
     raise ValueError(recipe)
 
 
-def build(case: Case, dtype: torch.dtype) -> Inputs:
-    """The tensors of `case` with q, k, v in `dtype`: the same values at every call."""
-    g = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
+def build(case: Case, dtype: torch.dtype, draw: int = 0) -> Inputs:
+    """The tensors of `case` with q, k, v in `dtype`: the same values at every call, others for another `draw`."""
+    g = torch.Generator().manual_seed(zlib.crc32(case.name.encode()) + draw)
     (heads_q, heads_kv), (seq_q, seq_kv), (dim, dim_v) = case.heads, case.seq, case.dim
 
     def normal(t):

@@ -6,28 +6,43 @@ import functools
 
 import torch
 from cases import Case, Inputs, build
-from reference import Result, attend, complaint, to_bhsd, unfused
+from reference import Result, attend, complaint, relative_error, to_bhsd, unfused
 from torch import Tensor
 
 import flash_attn_ext as fae
 
 
+# How often the unfused computation is tried, each time on other values of the same problem. The largest error in
+# one small tensor is a matter of luck; the largest of several draws is what this arithmetic does to this problem.
+DRAWS = {torch.float32: 4}
+NAMES = ("out", "lse", "dq", "dk", "dv", "dbias")
+
+
 @functools.lru_cache(maxsize=16)
-def prepared(case: Case, dtype: torch.dtype) -> tuple[Inputs, Result, list[Result]]:
-    """The inputs of a case, their fp64 reference, and the unfused same-dtype results."""
+def prepared(case: Case, dtype: torch.dtype) -> tuple[Inputs, Result, dict[str, float]]:
+    """The inputs of a case, their fp64 reference, and the unfused same-dtype errors relative to each result's size."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # small products: a second thread only gets in the way
-    inputs = build(case, dtype)
-    exact, plain = expectations(inputs)
+    draws = [build(case, dtype, draw) for draw in range(DRAWS.get(dtype, 1))]
+    exact, errors = expectations(draws)
     torch.set_num_threads(threads)
-    return inputs, exact, plain
+    return draws[0], exact, errors
 
 
-def expectations(inputs: Inputs, **how) -> tuple[Result, list[Result]]:
-    """The fp64 reference, and the unfused same-dtype results that say how exact one has to be."""
-    arguments = (inputs.q, inputs.k, inputs.v)
-    kwargs = {"dout": inputs.dout, "dlse": inputs.dlse, **inputs.kwargs()}
-    return attend(*arguments, **kwargs), [unfused(*arguments, **kwargs, other=o, **how) for o in (False, True)]
+def expectations(draws: list[Inputs], **how) -> tuple[Result, dict[str, float]]:
+    """The fp64 reference of the first draw, and the unfused same-dtype errors over all of them."""
+    first, errors = None, dict.fromkeys(NAMES, 0.0)
+    for inputs in draws:
+        arguments = (inputs.q, inputs.k, inputs.v)
+        kwargs = {"dout": inputs.dout, "dlse": inputs.dlse, **inputs.kwargs()}
+        exact = attend(*arguments, **kwargs)
+        for formulation in (False, True):
+            plain = unfused(*arguments, **kwargs, other=formulation, **how)
+            for name in NAMES:
+                if getattr(exact, name) is not None:
+                    errors[name] = max(errors[name], relative_error(getattr(plain, name), getattr(exact, name)))
+        first = first or exact
+    return first, errors
 
 
 def run(inputs: Inputs, backend: str) -> dict[str, Tensor]:
@@ -52,14 +67,14 @@ def expected_dtype(name: str, inputs: Inputs) -> torch.dtype:
     return inputs.bias.dtype if name == "dbias" else inputs.q.dtype
 
 
-def complaints(got: dict[str, Tensor], inputs: Inputs, exact: Result, plain: list[Result]) -> list[str]:
+def complaints(got: dict[str, Tensor], inputs: Inputs, exact: Result, errors: dict[str, float]) -> list[str]:
     """Every way in which `got` differs from what the contract promises; empty when all is well."""
     found = []
     for name, value in got.items():
         if value.dtype != expected_dtype(name, inputs):
             found.append(f"{name}: dtype {value.dtype}, expected {expected_dtype(name, inputs)}")
-        extra = {"term": exact.terms[name], "input_dtype": inputs.q.dtype} if name in exact.terms else {}
-        found.append(complaint(name, value, getattr(exact, name), [getattr(p, name) for p in plain], **extra))
+        extra = {"term": exact.terms.get(name, 0.0), "input_dtype": inputs.q.dtype}
+        found.append(complaint(name, value, getattr(exact, name), errors[name], **extra))
     # Rows and keys without a partner get exact zeros, not small numbers.
     unseen = ~exact.visible.any(-1)
     if unseen.any():

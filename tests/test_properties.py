@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import PATTERNS, Case, build
 from conftest import CPU_TARGETS, PORTABLE
-from harness import complaints, expectations, run
+from harness import complaints, prepared, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -51,8 +51,8 @@ def problems(draw) -> Case:
 @STEADY
 @given(case=problems(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
 def test_any_problem(target, case, dtype):
-    inputs = build(case, dtype)
-    found = complaints(run(inputs, target.backend), inputs, *expectations(inputs))
+    inputs, exact, errors = prepared(case, dtype)
+    found = complaints(run(inputs, target.backend), inputs, exact, errors)
     assert not found, "\n".join(found)
 
 

@@ -82,7 +82,10 @@ def test_module_calls_from_several_threads_at_once():
     for a, out in zip(arrays, alone, strict=True):
         _C.flash_attention(*a, out, causal=True)
     outs = [np.zeros_like(a[0]) for a in arrays]
-    workers = [threading.Thread(target=_C.flash_attention, args=(*a, o, True)) for a, o in zip(arrays, outs, strict=True)]
+    workers = [
+        threading.Thread(target=_C.flash_attention, args=(*a, o, True))
+        for a, o in zip(arrays, outs, strict=True)
+    ]
     for w in workers:
         w.start()
     for w in workers:
@@ -176,25 +179,32 @@ def in_child(work, seconds: float = 60) -> int:
     raise AssertionError(f"the forked child still hangs after {seconds} s")
 
 
-def test_works_after_fork(target):
-    """The pool has threads in the parent; the child has none of them, and gets the same bits."""
+def test_works_after_fork(cpu_target):
+    """The pool has threads in the parent; the child has none of them, and gets the same bits.
+
+    The child compares with NumPy: torch's own parallel operations, torch.equal among them, wait
+    for the pool's lost threads forever.
+    """
     inputs = build(SPLITS[2], torch.float32)
     torch.set_num_threads(2)
-    expected = run(inputs, target.backend)
+    expected = run(inputs, cpu_target.backend)
     array = inputs.q[0, :, 0].numpy()
     expected_array, got_array = np.empty_like(array), np.empty_like(array)
     _C.flash_attention(array, array, array, expected_array)
 
     def work():
-        same(expected, run(inputs, target.backend))
-        same(expected, run(inputs, target.backend))
         _C.flash_attention(array, array, array, got_array)
-        return np.array_equal(got_array, expected_array)
+        results = [
+            (expected, run(inputs, cpu_target.backend)),
+            (expected, run(inputs, cpu_target.backend)),
+            ({0: expected_array}, {0: got_array}),
+        ]
+        return all(np.array_equal(want[n], got[n]) for want, got in results for n in want)
 
     # Autograd itself refuses to run a backward pass in a fork once it has started its own threads;
     # calls on CPU tensors stay on the calling thread, so it does not here.
     assert in_child(work) == 0
-    same(expected, run(inputs, target.backend))
+    same(expected, run(inputs, cpu_target.backend))
 
 
 def _square(n: int) -> float:

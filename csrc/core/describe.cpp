@@ -4,13 +4,32 @@
 
 namespace fae {
 
-std::string shape_text(const TensorDesc& t) {
+std::string shape_text(const int64_t* shape, int64_t rank) {
   std::string text = "(";
-  for (int i = 0; i < t.rank; ++i) {
+  for (int64_t i = 0; i < rank; ++i) {
     if (i) text += ", ";
-    text += std::to_string(t.shape[i]);
+    text += std::to_string(shape[i]);
   }
-  return text + (t.rank == 1 ? ",)" : ")");
+  return text + (rank == 1 ? ",)" : ")");
+}
+
+CallError too_many_axes(const char* name, const int64_t* shape, int64_t rank) {
+  return {CallError::Kind::kValue,
+          std::string(name) + " has shape " + shape_text(shape, rank) + ", but must have at most 4 dimensions"};
+}
+
+std::optional<CallError> set_layout_and_causal(CallDesc* call, int64_t layout, int64_t causal) {
+  if (layout < 0 || layout > 1) {
+    return CallError{CallError::Kind::kValue,
+                     "layout is " + std::to_string(layout) + ", but must be 0 (bshd) or 1 (bhsd)"};
+  }
+  if (causal < 0 || causal > 2) {
+    return CallError{CallError::Kind::kValue, "causal is " + std::to_string(causal) +
+                                                  ", but must be 0 (none), 1 (bottom right) or 2 (top left)"};
+  }
+  call->layout = static_cast<Layout>(layout);
+  call->causal = static_cast<Causal>(causal);
+  return std::nullopt;
 }
 
 Axes4 attention_axes(const TensorDesc& t, Layout layout) {

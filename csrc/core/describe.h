@@ -49,6 +49,10 @@ struct CallError {
   std::string text;
 };
 
+// layout 0 bshd, 1 bhsd; causal 0 none, 1 bottom right, 2 top left: as numbers, since
+// neither operator schemas nor dicts know our enums. Anything else is an error.
+std::optional<CallError> set_layout_and_causal(CallDesc* call, int64_t layout, int64_t causal);
+
 std::optional<CallError> validate(const CallDesc& call);
 
 // The axes of a rank 2, 3 or 4 tensor in `layout`, as (batch, heads, seq, dim).
@@ -65,6 +69,11 @@ View4 broadcast_view(const TensorDesc& t, int64_t shape[4]);
 // Requires validate(call) to have found nothing.
 Problem make_problem(const CallDesc& call);
 
-std::string shape_text(const TensorDesc& t);  // "(2, 3)"
+// "(2, 3)", "(2,)", "()"
+std::string shape_text(const int64_t* shape, int64_t rank);
+inline std::string shape_text(const TensorDesc& t) { return shape_text(t.shape, t.rank); }
+
+// The refusal of a tensor whose shape is too long for a TensorDesc.
+CallError too_many_axes(const char* name, const int64_t* shape, int64_t rank);
 
 }  // namespace fae

@@ -58,17 +58,24 @@ FAE_HD inline bool is_visible(const Problem& p, int64_t b, int64_t head_q, int64
   return !(x < 0 && x - x != 0);  // -inf hides
 }
 
+// The type of the log-sum-exp between forward and backward. For fp32 it is wider than
+// what callers see: P = exp(score - lse), so rounding lse to fp32 would put a relative
+// error of half an ulp of lse, several ulp of P, into a whole row of gradients.
+FAE_HD constexpr DType lse_dtype(DType t) {
+  return t == DType::kFloat32 || t == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+}
+
 struct ForwardCall {
   Problem problem;
   View4 out;            // (batch, heads_q, seq_q, dim_v), in problem.dtype
-  void* lse = nullptr;  // (batch, heads_q, seq_q) contiguous, fp32 (fp64 for fp64), or none
+  void* lse = nullptr;  // (batch, heads_q, seq_q) contiguous, in lse_dtype(), or none
 };
 
 struct BackwardCall {
   Problem problem;
   View4 out;                  // (batch, heads_q, seq_q, dim_v): the forward result
   View4 dout;                 // same shape
-  const void* lse = nullptr;  // (batch, heads_q, seq_q) contiguous
+  const void* lse = nullptr;  // (batch, heads_q, seq_q) contiguous, in lse_dtype()
   const void* dlse = nullptr; // same shape, or none
   View4 dq;                   // (batch, heads_q, seq_q, dim)
   View4 dk;                   // (batch, heads_kv, seq_kv, dim)

@@ -22,8 +22,6 @@ void load_row(const View4& view, DType dtype, int64_t b, int64_t h, int64_t row,
   for (size_t c = 0; c < values->size(); ++c) (*values)[c] = load(view, dtype, b, h, row, int64_t(c));
 }
 
-DType lse_dtype(const Problem& p) { return p.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
-
 // One query row: which keys it sees, and the softmax over them.
 struct Row {
   std::vector<int64_t> keys;  // visible ones, ascending
@@ -102,7 +100,7 @@ void reference_forward(const ForwardCall& call) {
         }
         for (int64_t c = 0; c < p.dim_v; ++c) store(call.out, p.dtype, b, h, i, c, out[size_t(c)]);
         if (call.lse) {
-          store_from_double(call.lse, lse_dtype(p), (b * p.heads_q + h) * p.seq_q + i, row.lse);
+          store_from_double(call.lse, lse_dtype(p.dtype), (b * p.heads_q + h) * p.seq_q + i, row.lse);
         }
       }
     }
@@ -149,7 +147,7 @@ void backward_row(const BackwardCall& call, int64_t b, int64_t h, int64_t i, con
     delta += row.prob[n] * dp[n];
   }
   const double dlse =
-      call.dlse ? load_as_double(call.dlse, lse_dtype(p), (b * p.heads_q + h) * p.seq_q + i) : 0.0;
+      call.dlse ? load_as_double(call.dlse, lse_dtype(p.dtype), (b * p.heads_q + h) * p.seq_q + i) : 0.0;
 
   for (size_t n = 0; n < row.keys.size(); ++n) {
     const int64_t j = row.keys[n];

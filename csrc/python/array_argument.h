@@ -3,6 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <string>
+
 #include "core/describe.h"
 #include "python/dlpack.h"
 
@@ -36,14 +38,16 @@ class ArrayArgument {
  private:
   bool take_buffer(const pybind11::object& object);
   void take_dlpack(const pybind11::object& object);
-  void describe(const dlpack::Tensor& tensor);
-  void check_rank(int64_t rank) const;
-  // Strides that the core can hold: whole elements, not negative, aligned.
-  void set_axis(int axis, int64_t size, int64_t stride_bytes);
+  void describe(const dlpack::Tensor& tensor, bool read_only);
+  void set_type(std::string name);
+  // stride_bytes may be null (contiguous). Refuses strides that the core cannot hold.
+  void set_axes(int64_t rank, const int64_t* shape, const int64_t* stride_bytes, int64_t item);
+  void set_data(void* data, bool read_only, int64_t item);
 
   const char* name_;
   Access access_;
   TensorDesc desc_;
+  std::string dtype_name_;
   BorrowedMemory memory_;
 };
 

@@ -1,7 +1,9 @@
 #include "python/call_dict.h"
 
-#include <algorithm>
+#include <pybind11/stl.h>
+
 #include <cstring>
+#include <vector>
 
 namespace py = pybind11;
 
@@ -45,7 +47,11 @@ TensorDesc CallFromDict::tensor(const py::dict& dict, const char* key) {
   desc.dtype_name = names_.back().c_str();
   names_.push_back(fields[3].cast<std::string>());
   desc.device = names_.back().c_str();
-  desc.rank = int(std::min<size_t>(shape.size(), TensorDesc::kMaxRank));
+  if (shape.size() > size_t(TensorDesc::kMaxRank)) {
+    const auto sizes = fields[0].cast<std::vector<int64_t>>();
+    throw py::value_error(too_many_axes(key, sizes.data(), int64_t(sizes.size())).text);
+  }
+  desc.rank = int(shape.size());
   for (int axis = 0; axis < desc.rank; ++axis) {
     desc.shape[axis] = shape[size_t(axis)].cast<int64_t>();
     desc.stride[axis] = stride[size_t(axis)].cast<int64_t>();
@@ -66,9 +72,9 @@ CallFromDict::CallFromDict(const py::dict& dict) {
   call_.bias = tensor(dict, "bias");
   call_.kv_lengths = tensor(dict, "kv_lengths");
   call_.out = tensor(dict, "out");
-  call_.layout = value_or<int>(dict, "layout", 0) == 0 ? Layout::kBshd : Layout::kBhsd;
-  const int causal = value_or<int>(dict, "causal", 0);
-  call_.causal = causal == 0 ? Causal::kNone : causal == 1 ? Causal::kBottomRight : Causal::kTopLeft;
+  const auto layout = value_or<int64_t>(dict, "layout", 0);
+  const auto causal = value_or<int64_t>(dict, "causal", 0);
+  if (const auto error = set_layout_and_causal(&call_, layout, causal)) throw py::value_error(error->text);
   if (given(dict, "window")) {
     const auto window = dict["window"].cast<py::sequence>();
     call_.window_left = window[0].cast<int64_t>();

@@ -17,8 +17,12 @@ struct DataType {
   uint8_t bits;
   uint16_t lanes;
 };
+constexpr uint8_t kInt = 0;
+constexpr uint8_t kUInt = 1;
 constexpr uint8_t kFloat = 2;
 constexpr uint8_t kBfloat = 4;
+constexpr uint8_t kComplex = 5;
+constexpr uint8_t kBool = 6;
 
 struct Tensor {
   void* data;

@@ -16,16 +16,16 @@ void check_saved(const char* name, const TensorDesc& given, DType dtype, int ran
   bool same = given.rank == rank;
   for (int axis = 0; same && axis < rank; ++axis) same = given.shape[axis] == shape[axis];
   if (!same) {
-    raise(CallError::Kind::kValue,
-          std::string(name) + " has shape " + shape_text(given) + ", expected " + shape_text(expected));
+    raise({CallError::Kind::kValue,
+           std::string(name) + " has shape " + shape_text(given) + ", expected " + shape_text(expected)});
   }
   if (given.dtype != dtype) {
     const char* given_name = given.dtype_name ? given.dtype_name : name_of(given.dtype);
-    raise(CallError::Kind::kType,
-          std::string(name) + " has dtype " + given_name + ", expected " + name_of(dtype));
+    raise({CallError::Kind::kType,
+           std::string(name) + " has dtype " + given_name + ", expected " + name_of(dtype)});
   }
   if (std::string(given.device) != "cpu") {
-    raise(CallError::Kind::kValue, std::string(name) + " is on " + given.device + ", expected cpu");
+    raise({CallError::Kind::kValue, std::string(name) + " is on " + given.device + ", expected cpu"});
   }
 }
 
@@ -35,7 +35,6 @@ NewTensor new_like(const TensorDesc& desc) { return new_tensor(desc.dtype, desc.
 
 void attention_backward(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outputs*/) {
   Arguments arguments(stack);
-  CallDesc call;
   const TensorRef dout = arguments.tensor();
   TensorRef dlse = arguments.optional_tensor();
   const TensorRef q = arguments.tensor();
@@ -43,22 +42,17 @@ void attention_backward(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*out
   const TensorRef v = arguments.tensor();
   const TensorRef out = arguments.tensor();
   TensorRef lse = arguments.tensor();
-  const Options options = take_options(arguments, &call);
-  const bool need_bias_grad = arguments.boolean();
+  const Options options = take_options(arguments);
 
-  call.q = describe(q);
-  call.k = describe(k);
-  call.v = describe(v);
-  const TensorDesc out_desc = describe(out);
-  const TensorDesc dout_desc = describe(dout);
-  const TensorDesc lse_desc = describe(lse);
-  const TensorDesc dlse_desc = describe(dlse);
-  check_call(call);
-  int64_t out_shape[4];
-  for (int axis = 0; axis < call.q.rank; ++axis) out_shape[axis] = call.q.shape[axis];
-  out_shape[call.q.rank - 1] = call.v.shape[call.v.rank - 1];
-  check_saved("out", out_desc, call.q.dtype, call.q.rank, out_shape);
-  check_saved("dout", dout_desc, call.q.dtype, call.q.rank, out_shape);
+  const CallDesc call = describe_call(q, k, v, options);
+  const TensorDesc out_desc = describe("out", out);
+  const TensorDesc dout_desc = describe("dout", dout);
+  const TensorDesc lse_desc = describe("lse", lse);
+  const TensorDesc dlse_desc = describe("dlse", dlse);
+  int64_t expected[4];
+  out_shape(call, expected);
+  check_saved("out", out_desc, call.q.dtype, call.q.rank, expected);
+  check_saved("dout", dout_desc, call.q.dtype, call.q.rank, expected);
   int64_t shape[3];
   const int lse_rank = lse_shape(call.q, call.layout, shape);
   check_saved("lse", lse_desc, lse_dtype(call.q.dtype), lse_rank, shape);
@@ -84,7 +78,7 @@ void attention_backward(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*out
   backward.dv = attention_view(dv.desc, call.layout);
   const int64_t none = 0;
   NewTensor dbias;
-  if (need_bias_grad && call.bias.present) {
+  if (options.extra_result && call.bias.present) {
     dbias = new_like(call.bias);
     backward.dbias = broadcast_view(dbias.desc, backward.dbias_shape);
   } else {

@@ -15,15 +15,11 @@
 
 namespace fae::torch_ops {
 
-[[noreturn]] inline void raise(CallError::Kind kind, const std::string& text) {
-  const char* tag = kind == CallError::Kind::kValue  ? "[fae:value] "
-                    : kind == CallError::Kind::kType ? "[fae:type] "
-                                                     : "[fae:not_implemented] ";
-  throw std::runtime_error(tag + text);
-}
-
-inline void check_call(const CallDesc& call) {
-  if (const auto error = validate(call)) raise(error->kind, error->text);
+[[noreturn]] inline void raise(const CallError& error) {
+  const char* tag = error.kind == CallError::Kind::kValue  ? "[fae:value] "
+                    : error.kind == CallError::Kind::kType ? "[fae:type] "
+                                                           : "[fae:not_implemented] ";
+  throw std::runtime_error(tag + error.text);
 }
 
 // A kernel whose every failure is one that the stable ABI can carry.
@@ -34,7 +30,7 @@ void reporting(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
   } catch (const std::bad_alloc&) {
     throw std::runtime_error("flash_attn_ext: out of memory: the workspace could not be allocated");
   } catch (const std::invalid_argument& error) {  // of the environment, by cpu::active_isa()
-    raise(CallError::Kind::kValue, error.what());
+    raise({CallError::Kind::kValue, error.what()});
   }
 }
 

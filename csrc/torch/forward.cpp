@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "cpu/api.h"
 #include "torch/errors.h"
 #include "torch/executor.h"
@@ -22,61 +24,66 @@ TensorRef run_forward(const CallDesc& call, const TensorDesc& out, bool return_l
   return std::move(lse.tensor);
 }
 
-struct Inputs { TensorRef q, k, v; };
-
-Inputs take_inputs(Arguments& arguments, CallDesc* call) {
-  Inputs inputs{arguments.tensor(), arguments.tensor(), arguments.tensor()};
-  call->q = describe(inputs.q);
-  call->k = describe(inputs.k);
-  call->v = describe(inputs.v);
-  return inputs;
-}
-
 }  // namespace
 
-Options take_options(Arguments& arguments, CallDesc* call) {
-  Options options{arguments.optional_tensor(), arguments.optional_tensor(), arguments.optional_tensor()};
-  call->mask = describe(options.mask);
-  call->bias = describe(options.bias);
-  call->kv_lengths = describe(options.kv_lengths);
-  call->layout = arguments.integer() == 0 ? Layout::kBshd : Layout::kBhsd;
-  const int64_t causal = arguments.integer();
-  call->causal = causal == 0 ? Causal::kNone : causal == 1 ? Causal::kBottomRight : Causal::kTopLeft;
-  call->window_left = arguments.integer();
-  call->window_right = arguments.integer();
-  call->scale = arguments.optional_real();
-  call->softcap = arguments.real();
-  return options;
+Options take_options(Arguments& arguments) {
+  // Braces evaluate from left to right.
+  return {arguments.optional_tensor(), arguments.optional_tensor(), arguments.optional_tensor(),
+          arguments.integer(),         arguments.integer(),         arguments.integer(),
+          arguments.integer(),         arguments.optional_real(),   arguments.real(),
+          arguments.boolean()};
+}
+
+CallDesc describe_call(const TensorRef& q, const TensorRef& k, const TensorRef& v, const Options& options,
+                       const TensorRef* out) {
+  CallDesc call;
+  call.q = describe("q", q);
+  call.k = describe("k", k);
+  call.v = describe("v", v);
+  call.mask = describe("mask", options.mask);
+  call.bias = describe("bias", options.bias);
+  call.kv_lengths = describe("kv_lengths", options.kv_lengths);
+  if (out) call.out = describe("out", *out, Access::kWrite);
+  call.window_left = options.window_left;
+  call.window_right = options.window_right;
+  call.scale = options.scale;
+  call.softcap = options.softcap;
+  if (const auto error = set_layout_and_causal(&call, options.layout, options.causal)) raise(*error);
+  if (const auto error = validate(call)) raise(*error);
+  return call;
+}
+
+void out_shape(const CallDesc& call, int64_t shape[4]) {
+  const int last = call.q.rank - 1;
+  std::copy_n(call.q.shape, last, shape);
+  shape[last] = call.v.shape[last];
 }
 
 void attention_forward(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outputs*/) {
   Arguments arguments(stack);
-  CallDesc call;
-  const Inputs inputs = take_inputs(arguments, &call);
-  const Options options = take_options(arguments, &call);
-  const bool return_lse = arguments.boolean();
-  check_call(call);
+  const TensorRef q = arguments.tensor();
+  const TensorRef k = arguments.tensor();
+  const TensorRef v = arguments.tensor();
+  const Options options = take_options(arguments);
+  const CallDesc call = describe_call(q, k, v, options);
 
-  // q's shape with v's last axis, in every rank and layout.
   int64_t shape[4];
-  for (int axis = 0; axis < call.q.rank; ++axis) shape[axis] = call.q.shape[axis];
-  shape[call.q.rank - 1] = call.v.shape[call.v.rank - 1];
+  out_shape(call, shape);
   NewTensor out = new_tensor(call.q.dtype, call.q.rank, shape);
-  TensorRef lse = run_forward(call, out.desc, return_lse);
+  TensorRef lse = run_forward(call, out.desc, options.extra_result);
   give(&stack[0], std::move(out.tensor));
   give(&stack[1], std::move(lse));
 }
 
 void attention_forward_out(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outputs*/) {
   Arguments arguments(stack);
-  CallDesc call;
-  const Inputs inputs = take_inputs(arguments, &call);
+  const TensorRef q = arguments.tensor();
+  const TensorRef k = arguments.tensor();
+  const TensorRef v = arguments.tensor();
   const TensorRef out = arguments.tensor();
-  const Options options = take_options(arguments, &call);
-  const bool return_lse = arguments.boolean();
-  call.out = describe(out, Access::kWrite);
-  check_call(call);
-  give(&stack[0], run_forward(call, call.out, return_lse));
+  const Options options = take_options(arguments);
+  const CallDesc call = describe_call(q, k, v, options, &out);
+  give(&stack[0], run_forward(call, call.out, options.extra_result));
 }
 
 }  // namespace fae::torch_ops

@@ -4,6 +4,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "torch/errors.h"
+
 namespace fae::torch_ops {
 namespace {
 
@@ -81,7 +83,7 @@ bool is_contiguous(const TensorDesc& desc) {
 
 }  // namespace
 
-TensorDesc describe(const TensorRef& tensor, Access access) {
+TensorDesc describe(const char* name, const TensorRef& tensor, Access access) {
   TensorDesc desc;
   if (!tensor) return desc;
   int64_t rank = 0;
@@ -98,8 +100,8 @@ TensorDesc describe(const TensorRef& tensor, Access access) {
   desc.dtype = dtype_of(dtype);
   if (desc.dtype == DType::kOther) desc.dtype_name = other_dtype_name(dtype);
   if (device != kCodes.cpu) desc.device = device_name(device);
-  // No argument may have more than four axes, so a count cut at eight is still an error.
-  desc.rank = int(std::min<int64_t>(rank, TensorDesc::kMaxRank));
+  if (rank > TensorDesc::kMaxRank) raise(too_many_axes(name, shape, rank));
+  desc.rank = int(rank);
   std::copy_n(shape, desc.rank, desc.shape);
   std::copy_n(stride, desc.rank, desc.stride);
   if (device != kCodes.cpu) return desc;

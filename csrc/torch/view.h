@@ -9,7 +9,8 @@ namespace fae::torch_ops {
 enum class Access : uint8_t { kRead, kWrite };
 
 // Shape, strides, dtype, device and data of a tensor; `present` is false for none.
-TensorDesc describe(const TensorRef& tensor, Access access = Access::kRead);
+// `name` is the argument's, for a shape that cannot be held.
+TensorDesc describe(const char* name, const TensorRef& tensor, Access access = Access::kRead);
 
 // A new contiguous CPU tensor, uninitialised. `desc` describes it as describe() would.
 struct NewTensor {
@@ -31,6 +32,5 @@ inline View4 attention_view(const TensorDesc& desc, Layout layout) {
 // Returns its rank.
 int lse_shape(const TensorDesc& q, Layout layout, int64_t shape[3]);
 
-inline DType lse_dtype(DType input) { return input == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
 
 }  // namespace fae::torch_ops

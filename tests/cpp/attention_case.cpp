@@ -13,9 +13,7 @@
 namespace fae::testing {
 namespace {
 
-struct Shape4 {
-  int64_t n[4];
-};
+struct Shape4 { int64_t n[4]; };
 
 Shape4 extent_shape(Extent extent, const CaseSpec& s) {
   switch (extent) {
@@ -92,7 +90,8 @@ std::vector<double> HostTensor::values() const {
 void HostTensor::fill_normal(uint32_t seed, double deviation) {
   std::mt19937 random(seed);
   std::normal_distribution<double> normal(0, deviation);
-  for_each_index(shape_, [&](int64_t b, int64_t h, int64_t r, int64_t c) { set(b, h, r, c, normal(random)); });
+  for_each_index(shape_,
+                 [&](int64_t b, int64_t h, int64_t r, int64_t c) { set(b, h, r, c, normal(random)); });
 }
 void HostTensor::fill(double x) {
   for_each_index(shape_, [&](int64_t b, int64_t h, int64_t r, int64_t c) { set(b, h, r, c, x); });
@@ -239,7 +238,8 @@ Case widened(const Case& c) {
   copy(c.bias, &wide.bias);
   wide.problem.masking = c.problem.masking;
   for (int64_t i = 0; c.dlse && i < c.lse_count(); ++i) {
-    store_from_double(wide.dlse->data(), DType::kFloat64, i, load_as_double(c.dlse->data(), c.lse_dtype(), i));
+    store_from_double(wide.dlse->data(), DType::kFloat64, i,
+                      load_as_double(c.dlse->data(), c.lse_dtype(), i));
   }
   return wide;
 }
@@ -261,7 +261,8 @@ BackwardResult exact_backward(Case& c) {
 bool identical(const std::vector<double>& a, const std::vector<double>& b) {
   if (a.size() != b.size()) return false;
   for (size_t i = 0; i < a.size(); ++i) {
-    if (std::isnan(a[i]) ? !std::isnan(b[i]) : a[i] != b[i] || std::signbit(a[i]) != std::signbit(b[i])) return false;
+    if (std::isnan(a[i]) ? !std::isnan(b[i]) : a[i] != b[i] || std::signbit(a[i]) != std::signbit(b[i]))
+      return false;
   }
   return true;
 }
@@ -281,8 +282,8 @@ std::string mismatch(const std::vector<double>& got, const std::vector<double>& 
     if (error > worst) worst = error, at = i;
   }
   if (worst <= tolerance) return "";
-  text << "element " << at << " of " << got.size() << " is " << got[at] << " and must be " << wanted[at] << ": error "
-       << worst << " of the largest, allowed " << tolerance;
+  text << "element " << at << " of " << got.size() << " is " << got[at] << " and must be " << wanted[at]
+       << ": error " << worst << " of the largest, allowed " << tolerance;
   return text.str();
 }
 

@@ -76,7 +76,7 @@ struct Case {
   std::optional<Guarded<int32_t>> lengths32;
   std::optional<Guarded<std::byte>> lse, dlse;
 
-  DType lse_dtype() const { return spec.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
+  DType lse_dtype() const { return fae::lse_dtype(spec.dtype); }
   int64_t lse_count() const { return spec.batch * spec.heads_q * spec.seq_q; }
   std::vector<double> lse_values() const;
   ForwardCall forward_call();
@@ -85,12 +85,8 @@ struct Case {
   void clear_results();
 };
 
-struct ForwardResult {
-  std::vector<double> out, lse;
-};
-struct BackwardResult {
-  std::vector<double> dq, dk, dv, dbias;
-};
+struct ForwardResult { std::vector<double> out, lse; };
+struct BackwardResult { std::vector<double> dq, dk, dv, dbias; };
 
 // With the kernels of an ISA; block_q overrides the planner's choice when positive.
 ForwardResult run_forward(Case& c, cpu::Isa isa, int threads = 1, int64_t block_q = 0);

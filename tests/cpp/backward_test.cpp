@@ -19,7 +19,8 @@ void expect_close(const Case& c, const BackwardResult& got, const BackwardResult
 }
 
 bool identical_all(const BackwardResult& a, const BackwardResult& b) {
-  return identical(a.dq, b.dq) && identical(a.dk, b.dk) && identical(a.dv, b.dv) && identical(a.dbias, b.dbias);
+  return identical(a.dq, b.dq) && identical(a.dk, b.dk) && identical(a.dv, b.dv) &&
+         identical(a.dbias, b.dbias);
 }
 
 TEST_P(Backward, MatchesTheOracle) {
@@ -68,7 +69,8 @@ TEST_P(Backward, HiddenIsExactlyZero) {
         for (size_t row = 0; row < b.size() / size_t(columns); ++row) {
           double size = 0;
           for (size_t x = 0; x < size_t(columns); ++x) size += std::fabs(b[row * size_t(columns) + x]);
-          for (size_t x = 0; size == 0 && x < size_t(columns); ++x) ASSERT_EQ(a[row * size_t(columns) + x], 0.0) << row;
+          for (size_t x = 0; size == 0 && x < size_t(columns); ++x)
+            ASSERT_EQ(a[row * size_t(columns) + x], 0.0) << row;
         }
       };
       check(got.dv, wanted.dv, c.spec.dim_v);
@@ -82,7 +84,8 @@ TEST_P(Backward, HiddenIsExactlyZero) {
 
 // A NaN or Inf in q, k, v or dout touches only gradients of the rows and keys that meet it.
 TEST_P(Backward, SpecialValuesReachOnlyWhatSeesThem) {
-  for (const char* name : {"causal_square", "window_causal", "mask_full", "bias_hides", "lengths_causal", "group_3"}) {
+  for (const char* name :
+       {"causal_square", "window_causal", "mask_full", "bias_hides", "lengths_causal", "group_3"}) {
     for (DType t : kDTypes) {
       for (int which = 0; which < 4; ++which) {
         const char* places[] = {"q", "k", "v", "dout"};
@@ -99,7 +102,8 @@ TEST_P(Backward, SpecialValuesReachOnlyWhatSeesThem) {
 
 // The directional derivative of <dout, out> by central differences, in float64.
 TEST_P(Backward, AgreesWithFiniteDifferences) {
-  for (const char* name : {"ragged", "group_3", "causal_wide", "bias_per_batch", "softcap_bias_mask_causal"}) {
+  for (const char* name :
+       {"ragged", "group_3", "causal_wide", "bias_per_batch", "softcap_bias_mask_causal"}) {
     SCOPED_TRACE(name);
     CaseSpec spec = case_named(name, DType::kFloat64);
     spec.bias_dtype = DType::kFloat64;
@@ -140,7 +144,8 @@ TEST_P(Backward, LeavesInputsAlone) {
   for (DType t : kDTypes) {
     Case c(case_named("bias_full", t));
     run_forward(c, GetParam());
-    const auto q = c.q.values(), k = c.k.values(), v = c.v.values(), dout = c.dout.values(), out = c.out.values();
+    const auto q = c.q.values(), k = c.k.values(), v = c.v.values(), dout = c.dout.values(),
+               out = c.out.values();
     run_backward(c, GetParam(), 2);
     EXPECT_TRUE(identical(c.q.values(), q) && identical(c.k.values(), k) && identical(c.v.values(), v) &&
                 identical(c.dout.values(), dout) && identical(c.out.values(), out));

@@ -78,8 +78,8 @@ TEST_P(Forward, ManyThreadsOnOneHead) {
 
 // NaN and Inf in keys and values reach exactly the rows that see them.
 TEST_P(Forward, SpecialValuesReachOnlyTheirRows) {
-  for (const char* name : {"causal_square", "window_causal", "mask_full", "bias_hides", "lengths_causal", "key_blocks",
-                           "group_3", "softcap_bias_mask_causal"}) {
+  for (const char* name : {"causal_square", "window_causal", "mask_full", "bias_hides", "lengths_causal",
+                           "key_blocks", "group_3", "softcap_bias_mask_causal"}) {
     for (DType t : kDTypes) {
       for (double special : {std::nan(""), double(INFINITY), -double(INFINITY)}) {
         for (bool in_value : {false, true}) {

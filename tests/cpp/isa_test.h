@@ -15,8 +15,9 @@ class IsaTest : public ::testing::TestWithParam<Isa> {
 inline std::string isa_name(const ::testing::TestParamInfo<Isa>& info) { return name_of(info.param); }
 
 // A suite of tests over every ISA that this machine runs.
-#define FAE_ISA_SUITE(Suite)                     \
-  class Suite : public ::fae::cpu::IsaTest {};   \
-  INSTANTIATE_TEST_SUITE_P(Isa, Suite, ::testing::ValuesIn(::fae::cpu::available_isas()), ::fae::cpu::isa_name)
+#define FAE_ISA_SUITE(Suite)                                                              \
+  class Suite : public ::fae::cpu::IsaTest {};                                            \
+  INSTANTIATE_TEST_SUITE_P(Isa, Suite, ::testing::ValuesIn(::fae::cpu::available_isas()), \
+                           ::fae::cpu::isa_name)
 
 }  // namespace fae::cpu

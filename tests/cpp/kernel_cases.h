@@ -48,8 +48,10 @@ inline const std::vector<CaseSpec>& kernel_cases() {
       const bool top = causal == Causal::kTopLeft;
       add(shape(top ? "top_left_square" : "causal_square", 1, 2, 1, 75, 75, 16, 16),
           [=](CaseSpec& s) { s.causal = causal; });
-      add(shape(top ? "top_left_wide" : "causal_wide", 1, 2, 2, 19, 83, 16, 16), [=](CaseSpec& s) { s.causal = causal; });
-      add(shape(top ? "top_left_tall" : "causal_tall", 1, 2, 1, 83, 19, 16, 16), [=](CaseSpec& s) { s.causal = causal; });
+      add(shape(top ? "top_left_wide" : "causal_wide", 1, 2, 2, 19, 83, 16, 16),
+          [=](CaseSpec& s) { s.causal = causal; });
+      add(shape(top ? "top_left_tall" : "causal_tall", 1, 2, 1, 83, 19, 16, 16),
+          [=](CaseSpec& s) { s.causal = causal; });
     }
     add(shape("window", 1, 2, 1, 90, 90, 16, 16), [](CaseSpec& s) { s.window_left = 7, s.window_right = 3; });
     add(shape("window_causal", 2, 4, 2, 60, 100, 16, 16), [](CaseSpec& s) {
@@ -57,7 +59,8 @@ inline const std::vector<CaseSpec>& kernel_cases() {
       s.window_left = 20;
     });
     add(shape("window_right", 1, 1, 1, 33, 66, 16, 16), [](CaseSpec& s) { s.window_right = 0; });
-    add(shape("window_self", 1, 1, 1, 40, 40, 16, 16), [](CaseSpec& s) { s.window_left = s.window_right = 0; });
+    add(shape("window_self", 1, 1, 1, 40, 40, 16, 16),
+        [](CaseSpec& s) { s.window_left = s.window_right = 0; });
     add(shape("window_nothing", 1, 1, 1, 10, 80, 16, 16), [](CaseSpec& s) {
       s.causal = Causal::kTopLeft;
       s.window_left = 3;
@@ -97,8 +100,10 @@ inline const std::vector<CaseSpec>& kernel_cases() {
       s.bias_hidden = 0.5;
     });
     for (DType t : {DType::kFloat16, DType::kBFloat16, DType::kFloat64}) {
-      add(shape(t == DType::kFloat16 ? "bias_f16" : t == DType::kBFloat16 ? "bias_bf16" : "bias_f64", 1, 2, 1, 21, 77, 16,
-                16),
+      add(shape(t == DType::kFloat16    ? "bias_f16"
+                : t == DType::kBFloat16 ? "bias_bf16"
+                                        : "bias_f64",
+                1, 2, 1, 21, 77, 16, 16),
           [&](CaseSpec& s) {
             s.bias = Extent::kPerHead;
             s.bias_dtype = t;
@@ -118,17 +123,20 @@ inline const std::vector<CaseSpec>& kernel_cases() {
     // Memory.
     for (Layout layout : {Layout::kBshd, Layout::kBhsd}) {
       const bool heads_first = layout == Layout::kBhsd;
-      add(shape(heads_first ? "bhsd_columns_apart" : "bshd_columns_apart", 2, 4, 2, 14, 40, 17, 19), [=](CaseSpec& s) {
-        s.layout = layout;
-        s.strides = Strides::kColumnsApart;
-        s.bias = Extent::kFull;
-      });
-      add(shape(heads_first ? "bhsd_rows_apart" : "bshd_rows_apart", 2, 4, 2, 14, 40, 17, 19), [=](CaseSpec& s) {
-        s.layout = layout;
-        s.strides = Strides::kRowsApart;
-      });
+      add(shape(heads_first ? "bhsd_columns_apart" : "bshd_columns_apart", 2, 4, 2, 14, 40, 17, 19),
+          [=](CaseSpec& s) {
+            s.layout = layout;
+            s.strides = Strides::kColumnsApart;
+            s.bias = Extent::kFull;
+          });
+      add(shape(heads_first ? "bhsd_rows_apart" : "bshd_rows_apart", 2, 4, 2, 14, 40, 17, 19),
+          [=](CaseSpec& s) {
+            s.layout = layout;
+            s.strides = Strides::kRowsApart;
+          });
     }
-    add(shape("broadcast_kv", 3, 4, 2, 14, 40, 17, 19), [](CaseSpec& s) { s.strides = Strides::kBroadcastKv; });
+    add(shape("broadcast_kv", 3, 4, 2, 14, 40, 17, 19),
+        [](CaseSpec& s) { s.strides = Strides::kBroadcastKv; });
     for (CaseSpec& s : all) s.dlse = s.heads_q > 1;
     return all;
   }();

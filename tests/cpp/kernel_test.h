@@ -32,8 +32,8 @@ inline double backward_tolerance(DType t) {
 
 class KernelTest : public ::testing::TestWithParam<cpu::Isa> {};
 
-#define FAE_KERNEL_SUITE(Suite)                            \
-  class Suite : public ::fae::testing::KernelTest {};      \
+#define FAE_KERNEL_SUITE(Suite)                                                           \
+  class Suite : public ::fae::testing::KernelTest {};                                     \
   INSTANTIATE_TEST_SUITE_P(Isa, Suite, ::testing::ValuesIn(::fae::cpu::available_isas()), \
                            [](const auto& info) { return std::string(::fae::cpu::name_of(info.param)); })
 

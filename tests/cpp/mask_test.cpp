@@ -7,8 +7,8 @@ namespace fae {
 namespace {
 
 // API.md: causal, window and length, element by element.
-bool sees(Causal causal, int64_t left, int64_t right, int64_t seq_q, int64_t seq_kv, int64_t kv_length, int64_t i,
-          int64_t j) {
+bool sees(Causal causal, int64_t left, int64_t right, int64_t seq_q, int64_t seq_kv, int64_t kv_length,
+          int64_t i, int64_t j) {
   const int64_t shifted = i + seq_kv - seq_q;
   if (left >= 0 && j < shifted - left) return false;
   if (right >= 0 && j > shifted + right) return false;

@@ -33,7 +33,8 @@ Real apply(typename VecProbe<Real>::Unary fn, int width, Real x) {
 
 // Largest error in ulp over `values`.
 template <class Real, class Exact>
-double worst_ulp(typename VecProbe<Real>::Unary fn, int width, const std::vector<Real>& values, Exact&& exact) {
+double worst_ulp(typename VecProbe<Real>::Unary fn, int width, const std::vector<Real>& values,
+                 Exact&& exact) {
   double worst = 0;
   std::vector<Real> x(static_cast<size_t>(width)), r = x;
   for (size_t i = 0; i + size_t(width) <= values.size(); i += size_t(width)) {
@@ -93,7 +94,8 @@ void check_exp2_specials(const VecProbe<Real>& v) {
   EXPECT_TRUE(std::isnan(apply(v.exp2, v.width, std::numeric_limits<Real>::quiet_NaN())));
   EXPECT_TRUE(std::isnan(apply(v.exp2, v.width, -std::numeric_limits<Real>::quiet_NaN())));
   // Far below, and around the smallest normal number: never negative, never above it.
-  for (double x : {-1e4, -1e10, -3e38, sizeof(Real) == 4 ? -126.5 : -1022.5, sizeof(Real) == 4 ? -150.0 : -1080.0}) {
+  for (double x :
+       {-1e4, -1e10, -3e38, sizeof(Real) == 4 ? -126.5 : -1022.5, sizeof(Real) == 4 ? -150.0 : -1080.0}) {
     const Real r = apply(v.exp2, v.width, Real(x));
     EXPECT_GE(r, Real(0)) << x;
     EXPECT_LE(r, tiny) << x;

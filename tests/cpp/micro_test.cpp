@@ -50,8 +50,8 @@ void check_tiles(const ProductProbe<Real, Operand, S>& p) {
             fill(c.data(), c.size(), 3);
             const std::vector<Real> before(c.begin(), c.end());
             p.multiply(update, rows, vecs,
-                       TileProduct<Real, Operand>{depth, a.data(), a_row, a_depth, b.data(), ldb, c.data(), ldc,
-                                                  alpha.data()});
+                       TileProduct<Real, Operand>{depth, a.data(), a_row, a_depth, b.data(), ldb, c.data(),
+                                                  ldc, alpha.data()});
             for (int r = 0; r < rows; ++r) {
               for (int j = 0; j < (r + 1 < rows ? ldc : columns); ++j) {
                 const double old = before[size_t(r * ldc + j)];
@@ -59,7 +59,9 @@ void check_tiles(const ProductProbe<Real, Operand, S>& p) {
                   ASSERT_EQ(c[size_t(r * ldc + j)], Real(old)) << "written past the tile";
                   continue;
                 }
-                double wanted = update == Update::kStore ? 0 : update == Update::kAdd ? old : old * alpha[size_t(r)];
+                double wanted = update == Update::kStore ? 0
+                                : update == Update::kAdd ? old
+                                                         : old * alpha[size_t(r)];
                 double size = std::fabs(wanted) + 1;
                 for (int64_t d = 0; d < depth; ++d) {
                   for (int e = 0; e < p.pair; ++e) {
@@ -104,19 +106,21 @@ void check_packed(const ProductProbe<Real, Operand, S>& p) {
         const int64_t columns = std::min(p.panel, ld - j);
         p.multiply(Update::kStore, int(std::min<int64_t>(p.tile_rows, m - r)), int(columns / p.width),
                    TileProduct<Real, Operand>{steps, a.data() + r * steps * p.pair, steps * p.pair, p.pair,
-                                              b.data() + j / p.panel * steps * p.panel * p.pair, p.panel * p.pair,
-                                              c.data() + r * ld + j, ld, nullptr});
+                                              b.data() + j / p.panel * steps * p.panel * p.pair,
+                                              p.panel * p.pair, c.data() + r * ld + j, ld, nullptr});
       }
     }
     for (int64_t r = 0; r < m; ++r) {
       for (int64_t j = 0; j < ld; ++j) {
         double wanted = 0, size = 1e-30;
         for (int64_t d = 0; j < n && d < depth; ++d) {
-          const double x = double(to_float(q[size_t(r * depth + d)])) * double(to_float(k[size_t(j * depth + d)]));
+          const double x =
+              double(to_float(q[size_t(r * depth + d)])) * double(to_float(k[size_t(j * depth + d)]));
           wanted += x;
           size += std::fabs(x);
         }
-        ASSERT_NEAR(double(c[size_t(r * ld + j)]), wanted, size * 4 * double(std::numeric_limits<Real>::epsilon()));
+        ASSERT_NEAR(double(c[size_t(r * ld + j)]), wanted,
+                    size * 4 * double(std::numeric_limits<Real>::epsilon()));
       }
     }
   }

@@ -25,7 +25,8 @@ struct Matrix {
       : memory(transposed ? size_t(columns * (rows + gap) - gap) : size_t(rows * (columns + gap) - gap)),
         rows(rows),
         columns(columns) {
-    source = transposed ? Source<S>{memory.data(), 1, rows + gap} : Source<S>{memory.data(), columns + gap, 1};
+    source =
+        transposed ? Source<S>{memory.data(), 1, rows + gap} : Source<S>{memory.data(), columns + gap, 1};
     // Small whole numbers: exact in every storage type.
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < columns; ++c) at(r, c) = from_double<S>(double((r * 31 + c * 7) % 201 - 100));
@@ -47,7 +48,8 @@ int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 template <class Probe, class Fn>
 void for_each_matrix(const Probe& p, Fn&& fn) {
   const int64_t w = p.width;
-  for (int64_t n : {int64_t(1), int64_t(2), w - 1, w, w + 1, 2 * w + 3, p.panel, p.panel + 1, 2 * p.panel - 1}) {
+  for (int64_t n :
+       {int64_t(1), int64_t(2), w - 1, w, w + 1, 2 * w + 3, p.panel, p.panel + 1, 2 * p.panel - 1}) {
     for (int64_t depth : {int64_t(1), int64_t(2), int64_t(3), w, w + 1, 2 * w - 1, 2 * w, 4 * w + 1}) {
       for (bool transposed : {false, true}) fn(n, depth, transposed);
     }
@@ -66,7 +68,8 @@ void check_transposed(const ProductProbe<Real, Operand, S>& p) {
     for (int64_t c = 0; c < round_up(n, p.width); ++c) {
       for (int64_t d = 0; d < round_up(depth, p.pair); ++d) {
         const double wanted = c < n && d < depth ? m.value(c, d) : 0.0;
-        ASSERT_EQ(double(to_float(packed[panel_index(p, depth, d, c)])), wanted) << n << 'x' << depth << ": " << c << ',' << d;
+        ASSERT_EQ(double(to_float(packed[panel_index(p, depth, d, c)])), wanted)
+            << n << 'x' << depth << ": " << c << ',' << d;
       }
     }
   });
@@ -85,7 +88,8 @@ void check_rows(const ProductProbe<Real, Operand, S>& p) {
     for (int64_t c = 0; c < round_up(n, p.width); ++c) {
       for (int64_t d = 0; d < round_up(depth, p.pair); ++d) {
         const double wanted = c < n && d < depth ? m.value(d, c) : 0.0;
-        ASSERT_EQ(double(to_float(packed[panel_index(p, depth, d, c)])), wanted) << n << 'x' << depth << ": " << c << ',' << d;
+        ASSERT_EQ(double(to_float(packed[panel_index(p, depth, d, c)])), wanted)
+            << n << 'x' << depth << ": " << c << ',' << d;
       }
     }
     // Clearing a row leaves all others alone.
@@ -112,7 +116,8 @@ void check_operand(const ProductProbe<Real, Operand, S>& p) {
     p.pack_operand(m.source, n, depth, packed.data());
     for (int64_t r = 0; r < n; ++r) {
       for (int64_t d = 0; d < ld; ++d) {
-        ASSERT_EQ(double(to_float(packed[size_t(r * ld + d)])), d < depth ? m.value(r, d) : 0.0) << r << ',' << d;
+        ASSERT_EQ(double(to_float(packed[size_t(r * ld + d)])), d < depth ? m.value(r, d) : 0.0)
+            << r << ',' << d;
       }
     }
   });
@@ -142,10 +147,10 @@ void check_finite(const ProductProbe<Real, Operand, S>& p) {
       }
     }
     Matrix<S> m(depth, n, transposed);
-    const double largest = sizeof(S) == 8                          ? std::numeric_limits<double>::max()
-                           : std::is_same<S, Float16>::value       ? 65504.0
-                           : std::is_same<S, BFloat16>::value      ? 3.38953139e38
-                                                                   : double(std::numeric_limits<float>::max());
+    const double largest = sizeof(S) == 8                     ? std::numeric_limits<double>::max()
+                           : std::is_same<S, Float16>::value  ? 65504.0
+                           : std::is_same<S, BFloat16>::value ? 3.38953139e38
+                                                              : double(std::numeric_limits<float>::max());
     for (int64_t d = 0; d < depth; ++d) {
       for (int64_t c = 0; c < n; ++c) m.at(d, c) = from_double<S>(c % 2 ? largest : -largest);
     }

@@ -9,8 +9,8 @@
 namespace fae::cpu {
 namespace {
 
-Problem problem(DType t, int64_t batch, int64_t heads_q, int64_t heads_kv, int64_t seq_q, int64_t seq_kv, int64_t dim,
-                int64_t dim_v) {
+Problem problem(DType t, int64_t batch, int64_t heads_q, int64_t heads_kv, int64_t seq_q, int64_t seq_kv,
+                int64_t dim, int64_t dim_v) {
   Problem p;
   p.dtype = t;
   p.batch = batch;
@@ -31,8 +31,9 @@ void for_each_problem(Fn&& fn) {
   for (int round = 0; round < 400; ++round) {
     const DType t = DType(random() % 4);
     const int64_t heads_kv = pick({0, 1, 2, 8});
-    Problem p = problem(t, pick({0, 1, 3, 64}), heads_kv * pick({1, 3, 16}), heads_kv, pick({0, 1, 5, 128, 1000, 20000}),
-                        pick({0, 1, 63, 64, 700, 20000}), pick({1, 7, 64, 100, 1024}), pick({1, 9, 64, 128, 1024}));
+    Problem p = problem(t, pick({0, 1, 3, 64}), heads_kv * pick({1, 3, 16}), heads_kv,
+                        pick({0, 1, 5, 128, 1000, 20000}), pick({0, 1, 63, 64, 700, 20000}),
+                        pick({1, 7, 64, 100, 1024}), pick({1, 9, 64, 128, 1024}));
     const Causal causal = Causal(random() % 3);
     p.masking.band = make_band(causal, pick({-1, -1, 0, 100}), pick({-1, -1, 5}), p.seq_q, p.seq_kv);
     for (Isa isa : available_isas()) fn(p, isa);

@@ -18,7 +18,8 @@ using testing::CaseSpec;
 using testing::Extent;
 
 // What the tile must hold for (head, query, key), given the dot product.
-double wanted_score(const Case& c, int64_t b, const Row& row, int64_t key, int64_t length, double dot, double* slope) {
+double wanted_score(const Case& c, int64_t b, const Row& row, int64_t key, int64_t length, double dot,
+                    double* slope) {
   const Problem& p = c.problem;
   const Band& band = p.masking.band;
   *slope = 1;
@@ -31,7 +32,8 @@ double wanted_score(const Case& c, int64_t b, const Row& row, int64_t key, int64
   double bias = 0;
   const View4& view = p.score.bias;
   if (view.present()) {
-    bias = load_as_double(view.data, p.score.bias_dtype, view.offset(b, row.head, row.query) + key * view.stride[3]);
+    bias = load_as_double(view.data, p.score.bias_dtype,
+                          view.offset(b, row.head, row.query) + key * view.stride[3]);
     if (bias == -INFINITY) return -INFINITY;
   }
   if (p.score.is_plain()) return dot;
@@ -66,16 +68,16 @@ void check_finish(const ScoreProbe<Real>& probe, int width, const CaseSpec& spec
         dots[size_t(keys / 2)] = std::numeric_limits<Real>::quiet_NaN();
         std::vector<Real> s = dots, slope(s.size(), Real(1)), scratch(static_cast<size_t>(ld));
         const Tile<Real> tile{s.data(), ld, k_begin, keys, columns, refs.data(), rows};
-        const bool partial = classify(p.masking.band, length, refs.front().query, refs.back().query + 1, k_begin,
-                                      k_begin + keys) != TileClass::kFull;
+        const bool partial = classify(p.masking.band, length, refs.front().query, refs.back().query + 1,
+                                      k_begin, k_begin + keys) != TileClass::kFull;
         probe.finish(p, b, length, partial, p.masking.mask.present(), tile, scratch.data(),
                      spec.softcap > 0 ? slope.data() : nullptr, ld);
         for (int r = 0; r < rows; ++r) {
           for (int64_t j = 0; j < columns; ++j) {
             const size_t at = size_t(r * ld + j);
             double wanted_slope = 1;
-            const double wanted = j < keys ? wanted_score(c, b, refs[size_t(r)], k_begin + j, length, double(dots[at]),
-                                                          &wanted_slope)
+            const double wanted = j < keys ? wanted_score(c, b, refs[size_t(r)], k_begin + j, length,
+                                                          double(dots[at]), &wanted_slope)
                                            : -INFINITY;
             if (std::isnan(wanted)) {
               ASSERT_TRUE(std::isnan(s[at]));
@@ -83,7 +85,8 @@ void check_finish(const ScoreProbe<Real>& probe, int width, const CaseSpec& spec
               ASSERT_EQ(double(s[at]), wanted) << "row " << r << " key " << k_begin + j;
             } else {
               const double epsilon = double(std::numeric_limits<Real>::epsilon());
-              ASSERT_NEAR(double(s[at]), wanted, 16 * epsilon * (1 + std::fabs(wanted))) << r << ' ' << k_begin + j;
+              ASSERT_NEAR(double(s[at]), wanted, 16 * epsilon * (1 + std::fabs(wanted)))
+                  << r << ' ' << k_begin + j;
               if (spec.softcap > 0) {
                 ASSERT_NEAR(double(slope[at]), wanted_slope, 16 * epsilon);
               }
@@ -172,7 +175,8 @@ TEST_P(Score, ClassifiesMaskTiles) {
     for (int64_t key_stride : {1, 0}) {
       for (int64_t row_stride : {seq_kv, int64_t(0)}) {
         const View4 view{mask.data(), {0, 0, row_stride, key_stride}};
-        const int64_t begin = int64_t(random() % uint32_t(seq_kv)), end = begin + 1 + int64_t(random() % uint32_t(seq_kv - begin));
+        const int64_t begin = int64_t(random() % uint32_t(seq_kv)),
+                      end = begin + 1 + int64_t(random() % uint32_t(seq_kv - begin));
         const Row rows[] = {{0, 1}, {0, 2}, {0, 5}};
         bool any = false, all = true;
         for (const Row& r : rows) {

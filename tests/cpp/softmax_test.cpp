@@ -20,7 +20,8 @@ constexpr Real kInf = std::numeric_limits<Real>::infinity();
 // and 16-bit operands round the result.
 template <class Real, class Operand>
 double weight_tolerance(double gap) {
-  return (sizeof(Operand) == 2 ? 1.0 / 256 : 0.0) + (8 + 2 * gap) * double(std::numeric_limits<Real>::epsilon());
+  return (sizeof(Operand) == 2 ? 1.0 / 256 : 0.0) +
+         (8 + 2 * gap) * double(std::numeric_limits<Real>::epsilon());
 }
 
 FAE_ISA_SUITE(Softmax);
@@ -131,7 +132,8 @@ void check_shift(const ProductProbe<Real, Operand, S>& p) {
         padded.insert(padded.end(), size_t(back), -kInf<Real>);
         std::vector<Operand> wide(padded.size());
         Real other_max = -kInf<Real>, other_sum = 0;
-        p.softmax_row(padded.data(), int64_t(padded.size()), Real(kLog2E), &other_max, &other_sum, wide.data());
+        p.softmax_row(padded.data(), int64_t(padded.size()), Real(kLog2E), &other_max, &other_sum,
+                      wide.data());
         EXPECT_EQ(max, other_max);
         EXPECT_EQ(sum, other_sum) << columns << ' ' << front << ' ' << back;
       }

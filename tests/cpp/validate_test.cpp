@@ -40,7 +40,8 @@ void expect_error(const CallDesc& call, Kind kind, const std::vector<std::string
   const auto e = validate(call);
   ASSERT_TRUE(e.has_value()) << "accepted; expected: " << parts.front();
   EXPECT_EQ(int(e->kind), int(kind)) << e->text;
-  for (const std::string& part : parts) EXPECT_NE(e->text.find(part), std::string::npos) << e->text << " lacks " << part;
+  for (const std::string& part : parts)
+    EXPECT_NE(e->text.find(part), std::string::npos) << e->text << " lacks " << part;
   EXPECT_EQ(e->text.find('\n'), std::string::npos);
 }
 

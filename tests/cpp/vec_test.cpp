@@ -26,7 +26,14 @@ constexpr Real kNan = std::numeric_limits<Real>::quiet_NaN();
 template <class Real>
 const std::vector<Real>& samples() {
   static const std::vector<Real> values = [] {
-    std::vector<Real> v = {0, -Real(0), 1, -1, kInf<Real>, -kInf<Real>, kNan<Real>, std::numeric_limits<Real>::max(),
+    std::vector<Real> v = {0,
+                           -Real(0),
+                           1,
+                           -1,
+                           kInf<Real>,
+                           -kInf<Real>,
+                           kNan<Real>,
+                           std::numeric_limits<Real>::max(),
                            std::numeric_limits<Real>::min()};
     std::mt19937 random(3);
     std::normal_distribution<double> normal(0, 10);
@@ -78,7 +85,8 @@ void check_arithmetic(const VecProbe<Real>& v) {
   for_each_operands<Real>(v.width, [&](const auto& a, const auto& b, const auto& c) {
     const auto expect = [&](const char* name, auto&& scalar) {
       for (size_t i = 0; i < n; ++i) {
-        ASSERT_TRUE(same(r[i], scalar(i))) << name << '(' << a[i] << ", " << b[i] << ", " << c[i] << ") = " << r[i];
+        ASSERT_TRUE(same(r[i], scalar(i)))
+            << name << '(' << a[i] << ", " << b[i] << ", " << c[i] << ") = " << r[i];
       }
     };
     v.add(a.data(), b.data(), r.data());
@@ -92,7 +100,8 @@ void check_arithmetic(const VecProbe<Real>& v) {
     v.max(a.data(), b.data(), r.data());
     for (size_t i = 0; i < n; ++i) {
       const Real wanted = a[i] > b[i] ? a[i] : b[i];  // b where either is NaN
-      ASSERT_TRUE(std::isnan(wanted) ? std::isnan(r[i]) : r[i] == wanted) << a[i] << ' ' << b[i] << ' ' << r[i];
+      ASSERT_TRUE(std::isnan(wanted) ? std::isnan(r[i]) : r[i] == wanted)
+          << a[i] << ' ' << b[i] << ' ' << r[i];
     }
     v.fma(a.data(), b.data(), c.data(), r.data());
     for (size_t i = 0; i < n; ++i) {
@@ -120,7 +129,8 @@ void check_compare(const VecProbe<Real>& v) {
     }
     ASSERT_EQ(v.any_less(a.data(), b.data()), any);
     v.equal(a.data(), b.data(), x.data(), y.data(), r.data());
-    for (size_t i = 0; i < n; ++i) ASSERT_TRUE(same(r[i], a[i] == b[i] ? x[i] : y[i])) << a[i] << " == " << b[i];
+    for (size_t i = 0; i < n; ++i)
+      ASSERT_TRUE(same(r[i], a[i] == b[i] ? x[i] : y[i])) << a[i] << " == " << b[i];
   });
   // One lane alone is enough for any().
   for (size_t lane = 0; lane < n; ++lane) {

@@ -87,10 +87,21 @@ struct TileTable {
   constexpr TileTable() : fn() { fill<V::kTileRows, V::kTileVecs>(); }
 };
 
+// Long sums are taken in pieces of P::kLongestSum steps: rounding errors of a running sum
+// grow with its length, those of a sum of sums far less.
 template <class P, Update kUpdate>
-FAE_INLINE void multiply_tile(int rows, int vecs, const TileArgs<P>& args) {
-  static constexpr TileTable<P, kUpdate> table{};
-  table.fn[rows - 1][vecs - 1](args);
+FAE_INLINE void multiply_tile(int rows, int vecs, TileArgs<P> args) {
+  static constexpr TileTable<P, kUpdate> first{};
+  static constexpr TileTable<P, Update::kAdd> further{};
+  int64_t left = args.depth;
+  args.depth = left < P::kLongestSum ? left : P::kLongestSum;
+  first.fn[rows - 1][vecs - 1](args);
+  while ((left -= args.depth) > 0) {
+    args.a += args.depth * args.a_depth;
+    args.b += args.depth * args.ldb;
+    args.depth = left < P::kLongestSum ? left : P::kLongestSum;
+    further.fn[rows - 1][vecs - 1](args);
+  }
 }
 
 }  // namespace fae::cpu::FAE_ISA_NAMESPACE

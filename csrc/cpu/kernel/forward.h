@@ -188,8 +188,9 @@ class Forward {
                      V::div(V::load(acc_ + i * dim_v_padded_ + c), sum), lanes);
       }
       if (call_.lse) {
-        static_cast<Real*>(call_.lse)[(b_ * p_.heads_q + ref.head) * p_.seq_q + ref.query] =
-            sum_[i] == 0 ? Real(-__builtin_inf()) : max_[i] * scale_.natural + log_of(sum_[i]);
+        using Lse = typename LseType<S>::Type;
+        static_cast<Lse*>(call_.lse)[(b_ * p_.heads_q + ref.head) * p_.seq_q + ref.query] =
+            sum_[i] == 0 ? Lse(-__builtin_inf()) : Lse(max_[i]) * Lse(scale_.natural) + log_of(Lse(sum_[i]));
       }
     }
   }

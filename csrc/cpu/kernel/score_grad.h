@@ -19,16 +19,16 @@ template <class P>
 FAE_INLINE void score_gradient_row(typename P::Vec::Elem* s, typename P::Vec::Elem* dp,
                                    const typename P::Vec::Elem* slope, int64_t columns,
                                    typename P::Vec::Elem natural, typename P::Vec::Elem lse,
-                                   typename P::Vec::Elem delta) {
+                                   typename P::Vec::Elem lse_low, typename P::Vec::Elem delta) {
   using V = typename P::Vec;
   using Real = typename V::Elem;
   using Reg = typename V::Reg;
   const Reg scale = V::set1(natural), minus_lse = V::set1(-lse), log2e = V::set1(Real(1.4426950408889634));
-  const Reg delta_lanes = V::set1(delta), hidden = V::set1(Real(-__builtin_inf()));
+  const Reg low = V::set1(lse_low), delta_lanes = V::set1(delta), hidden = V::set1(Real(-__builtin_inf()));
   for (int64_t j = 0; j < columns; j += V::kWidth) {
     const Reg score = V::load(s + j);
     const auto is_hidden = V::equal(score, hidden);
-    Reg p = P::exp2(V::mul(V::fma(score, scale, minus_lse), log2e));
+    Reg p = P::exp2(V::mul(V::sub(V::fma(score, scale, minus_lse), low), log2e));
     Reg ds = V::mul(p, V::sub(V::load(dp + j), delta_lanes));
     p = V::select(is_hidden, V::zero(), p);
     ds = V::select(is_hidden, V::zero(), ds);
@@ -47,6 +47,7 @@ class ScoreGrad {
   using V = typename P::Vec;
   using Real = typename V::Elem;
   using Operand = typename P::Operand;
+  using Lse = typename LseType<S>::Type;
   static constexpr int kRows = V::kTileRows;
   static constexpr int64_t kStep = kPanel<P> * P::kPair;
 
@@ -65,6 +66,7 @@ class ScoreGrad {
     q_ = arena_.take<Operand>(plan.block_q * dim_operand_);
     dout_ = arena_.take<Operand>(plan.block_q * dim_v_operand_);
     lse_ = arena_.take<Real>(plan.block_q);
+    lse_low_ = arena_.take<Real>(plan.block_q);
     delta_ = arena_.take<Real>(plan.block_q);
     scratch_ = arena_.take<Real>(plan.block_kv);
     if (p_.score.softcap > 0) slope_ = arena_.take<Real>(kRows * plan.block_kv);
@@ -110,11 +112,12 @@ class ScoreGrad {
                      load_row<V>(dout.data + c * dout.column, dout.column, lanes), sum);
       }
       const int64_t flat = (b_ * p_.heads_q + at.head) * p_.seq_q + at.query;
-      const Real lse = static_cast<const Real*>(call_.lse)[flat];
+      const Lse lse = static_cast<const Lse*>(call_.lse)[flat];
       // A row without keys: exp(-inf - inf) is 0, exp(-inf + inf) would not be.
-      lse_[r] = lse == Real(-__builtin_inf()) ? Real(__builtin_inf()) : lse;
+      lse_[r] = lse == Lse(-__builtin_inf()) ? Real(__builtin_inf()) : Real(lse);
+      lse_low_[r] = __builtin_isfinite(lse) ? Real(lse - Lse(lse_[r])) : Real(0);
       delta_[r] = V::reduce_add(sum);
-      if (call_.dlse) delta_[r] -= static_cast<const Real*>(call_.dlse)[flat];
+      if (call_.dlse) delta_[r] -= Real(static_cast<const Lse*>(call_.dlse)[flat]);
     }
   }
 
@@ -149,7 +152,7 @@ class ScoreGrad {
     finish_scores<V>(p_, b_, kv_length_, partial, masked, tile, scratch_, slope, plan_.block_kv);
     for (int i = 0; i < rows; ++i) {
       score_gradient_row<P>(tile.s + i * ld, ds + first + i * ld, slope ? slope + i * plan_.block_kv : nullptr,
-                            columns, scale_.natural, lse_[row + i], delta_[row + i]);
+                            columns, scale_.natural, lse_[row + i], lse_low_[row + i], delta_[row + i]);
     }
     return true;
   }
@@ -168,7 +171,8 @@ class ScoreGrad {
   Operand* v_columns_;               // panels of block_kv columns, depth dim_v
   Operand* q_;                       // [block_q][dim]
   Operand* dout_;                    // [block_q][dim_v]
-  Real* lse_;                        // [block_q]
+  Real* lse_;                        // [block_q], and what its rounding left over
+  Real* lse_low_;                    // [block_q]
   Real* delta_;                      // [block_q]
   Real* scratch_;                    // [block_kv]
   Real* slope_ = nullptr;            // [kRows][block_kv], with softcap

@@ -18,6 +18,11 @@ inline RowRef row_ref(int64_t row, int64_t head_kv, int64_t group) {
   return {head_kv * group + (row - query * group), query};
 }
 
+// The C++ type of lse_dtype().
+template <class S> struct LseType { using Type = float; };
+template <> struct LseType<float> { using Type = double; };
+template <> struct LseType<double> { using Type = double; };
+
 // The constants of a score, in the arithmetic type. Plain scores stay dot products:
 // log2(e) * scale then moves into the exponent (`exponent_scale`).
 template <class Real>

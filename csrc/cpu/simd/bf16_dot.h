@@ -10,6 +10,7 @@ struct Bf16DotProduct {
   using Operand = BFloat16;
   using Reg = __m512;  // 16 pairs, when it holds operands
   static constexpr int kPair = 2;
+  static constexpr int64_t kLongestSum = 1 << 20;  // operands are far coarser than the sum
 
   static FAE_INLINE Reg broadcast(const BFloat16* a) {
     int pair;

@@ -62,7 +62,8 @@ struct F32 {
   static FAE_INLINE Mask bytes_set(const uint8_t* p, int n) {
     uint32_t bytes = 0;
     if (n == kWidth) memcpy(&bytes, p, 4);
-    else for (int i = 0; i < n; ++i) bytes |= uint32_t(p[i]) << (8 * i);
+    else
+      for (int i = 0; i < n; ++i) bytes |= uint32_t(p[i]) << (8 * i);
     const uint32x4_t lanes = vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(bytes))));
     return vtstq_u32(lanes, lanes);
   }

@@ -92,8 +92,8 @@ struct ScoreFunctions {
     const ScoreTile<V> t{tile.s, tile.ld, tile.k_begin, tile.keys, tile.columns, refs, tile.row_count};
     finish_scores<V>(p, b, kv_length, partial, masked, t, scratch, slope, slope_ld);
   }
-  static TileClass mask_class(const View4& mask, int64_t b, const probe::Row* rows, int count, int64_t k_begin,
-                              int64_t k_end) {
+  static TileClass mask_class(const View4& mask, int64_t b, const probe::Row* rows, int count,
+                              int64_t k_begin, int64_t k_end) {
     RowRef refs[probe::kMaxRows];
     to_refs(rows, count, refs);
     return classify_mask(mask, b, refs, count, k_begin, k_end);
@@ -120,15 +120,20 @@ struct ProductFunctions {
   static bool straight(Source s, int64_t depth, int64_t n, Operand* dst) {
     return pack_rows<P>(rows(s), depth, n, dst);
   }
-  static void operand(Source s, int64_t n, int64_t depth, Operand* dst) { pack_operand<P>(rows(s), n, depth, dst); }
-  static void clear(Operand* dst, int64_t depth, int64_t n, int64_t k) { clear_packed_row<P>(dst, depth, n, k); }
+  static void operand(Source s, int64_t n, int64_t depth, Operand* dst) {
+    pack_operand<P>(rows(s), n, depth, dst);
+  }
+  static void clear(Operand* dst, int64_t depth, int64_t n, int64_t k) {
+    clear_packed_row<P>(dst, depth, n, k);
+  }
   static int64_t special(Source s, int64_t n, int64_t columns, int64_t* indices) {
     return find_special_rows(rows(s), n, columns, indices);
   }
   static void to_storage(S* p, int64_t stride, const Real* lanes, int n) {
     store_row<V>(p, stride, V::load(lanes), n);
   }
-  static void multiply(probe::Update update, int row_count, int vecs, const probe::TileProduct<Real, Operand>& t) {
+  static void multiply(probe::Update update, int row_count, int vecs,
+                       const probe::TileProduct<Real, Operand>& t) {
     const TileArgs<P> args{t.depth, t.a, t.a_row, t.a_depth, t.b, t.ldb, t.c, t.ldc, t.alpha};
     switch (update) {
       case probe::Update::kStore: multiply_tile<P, Update::kStore>(row_count, vecs, args); break;
@@ -141,12 +146,13 @@ struct ProductFunctions {
   }
 
   static constexpr probe::ProductProbe<Real, Operand, S> table(const char* name) {
-    return {name,        V::kWidth,   V::kTileRows, V::kTileVecs, P::kPair,    kPanel<P>, &operands, &transposed,
-            &straight,   &operand,    &clear,       &special,     &to_storage, &multiply, &softmax};
+    return {name,      V::kWidth, V::kTileRows, V::kTileVecs, P::kPair,    kPanel<P>, &operands, &transposed,
+            &straight, &operand,  &clear,       &special,     &to_storage, &multiply, &softmax};
   }
 };
 
-constexpr probe::IsaProbe make_probe(Isa isa, const probe::ProductProbe<float, BFloat16, BFloat16>* bf16_dot) {
+constexpr probe::IsaProbe make_probe(Isa isa,
+                                     const probe::ProductProbe<float, BFloat16, BFloat16>* bf16_dot) {
   return {isa,
           VecFunctions<F32>::table(),
           VecFunctions<F64>::table(),
