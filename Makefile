@@ -29,20 +29,28 @@ $(PY):
 	@$(PYTHON) -m venv $(ENV) || \
 	  { rm -rf $(ENV); echo "error: $(PYTHON) cannot make a virtual environment: install its venv package (Debian, Ubuntu: apt install python3-venv)."; exit 1; }
 
-# Stamps are newer than the files they depend on once the step has been done.
-$(STAMPS)/requirements: requirements-build.txt requirements-dev.txt | $(PY)
-	$(PY) -m pip install $(PIP_FLAGS) -r requirements-build.txt -r requirements-dev.txt
+# A stamp is newer than the files that it depends on once its step has been done.
+# --no-compile: Python compiles what it imports; all of torch at once would take half a minute.
+$(STAMPS)/build: requirements-build.txt | $(PY)
+	$(PY) -m pip install --no-compile $(PIP_FLAGS) -r requirements-build.txt
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/dev: requirements-dev.txt $(STAMPS)/build
+	$(PY) -m pip install --no-compile $(PIP_FLAGS) -r requirements-build.txt -r requirements-dev.txt
 	@mkdir -p $(STAMPS) && touch $@
 
 # Compiles what has changed; ninja knows what that is.
-build: $(STAMPS)/requirements
+build: $(STAMPS)/build
 	$(PY) -m build_tools.native
 
-$(STAMPS)/installed: pyproject.toml setup.py requirements-dev.txt $(STAMPS)/requirements | build
+$(STAMPS)/installed: pyproject.toml setup.py $(STAMPS)/dev
 	$(PY) -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation -e .
 	@mkdir -p $(STAMPS) && touch $@
 
-setup: build $(STAMPS)/installed
+# Compiling goes on while pip fetches the rest.
+setup:
+	@$(MAKE) --no-print-directory -j 2 build $(STAMPS)/dev
+	@$(MAKE) --no-print-directory $(STAMPS)/installed
 
 demo: setup
 	$(PY) examples/demo.py $(DEMO_ARGS)
@@ -54,19 +62,19 @@ bench: setup
 	$(PY) -m benchmarks $(BENCH_ARGS)
 
 # One binary, built against the oldest supported torch, passes the tests under it and under this one.
-test-abi: $(STAMPS)/requirements
+test-abi: $(STAMPS)/dev
 	$(PY) -m build_tools.abi $(ABI_ARGS)
 
 # The NEON kernels: cross-compiled, run under user-mode emulation.
 test-aarch64:
 	tests/cpp/run_aarch64.sh $(AARCH64_ARGS)
 
-lint: $(STAMPS)/requirements
+lint: $(STAMPS)/dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(ENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
 
-format: $(STAMPS)/requirements
+format: $(STAMPS)/dev
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(ENV)/bin/clang-format -i $(CXX_SOURCES)

@@ -15,9 +15,8 @@ class BuildNative(build_ext):
     """Hands the whole job to ninja: setuptools only says where the binaries go."""
 
     def run(self):
-        self.destination = native.ROOT if self.in_place() else native.Path(self.build_lib)
         try:
-            native.build(self.destination)
+            native.build(native.ROOT if self.in_place() else native.Path(self.build_lib))
         except native.BuildError as error:
             raise SystemExit(f"error: {error}") from None
 

@@ -143,8 +143,8 @@ def tile_of(t: Tensor, q_begin: int, q_end: int, k_begin: int, k_end: int) -> Te
 
 
 def is_finite(t: Tensor) -> bool:
-    """False also where asking would make the host wait for the device."""
-    return t.device.type == "cpu" and bool(t.isfinite().all())
+    """False also where there is no asking: while tracing, or when the host would wait for a device."""
+    return not torch.compiler.is_compiling() and t.device.type == "cpu" and bool(t.isfinite().all())
 
 
 def contract(weights: Tensor, seen: Tensor | None, values: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def contract(weights: Tensor, seen: Tensor | None, values: Tensor) -> Tensor:
     0 * value is NaN. What is seen follows IEEE arithmetic. `seen` None: no care needed.
     weights, seen: (..., rows, keys); values: (..., keys, columns).
     """
-    if seen is None:
+    if seen is None or is_finite(values):
         return weights @ values
     product = weights @ values.masked_fill(~values.isfinite(), 0)
     # Infinities count +1 or -1: a row whose products are all of one sign keeps it.

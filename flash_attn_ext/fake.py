@@ -17,25 +17,26 @@ def _check(*arguments, out: Tensor | None = None) -> None:
         check_call(*arguments, out=out)
 
 
-def _fake_lse(q: Tensor, layout: int, return_lse: bool, dtype: torch.dtype) -> Tensor:
+def _lse(q: Tensor, layout: int, return_lse: bool, dtype: torch.dtype) -> Tensor:
     return q.new_empty(lse_shape(q, layout) if return_lse else (0,), dtype=dtype)
 
 
-def _forward_with(lse_dtype_of):
-    def forward(
-        q, k, v, mask, bias, kv_lengths, layout, causal, left, right, scale, softcap, return_lse, *blocks
-    ):
-        _check(q, k, v, mask, bias, kv_lengths, layout, causal, left, right, scale, softcap)
-        return q.new_empty(*q.shape[:-1], v.shape[-1]), _fake_lse(q, layout, return_lse, lse_dtype_of(q))
-
-    return forward
+def _cpu_forward(q, k, v, mask, bias, kv_lengths, layout, *options):
+    *options, return_lse = options
+    _check(q, k, v, mask, bias, kv_lengths, layout, *options)
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), _lse(q, layout, return_lse, kernel_lse_dtype(q))
 
 
-def _forward_out(
-    q, k, v, out, mask, bias, kv_lengths, layout, causal, left, right, scale, softcap, return_lse
-):
-    _check(q, k, v, mask, bias, kv_lengths, layout, causal, left, right, scale, softcap, out=out)
-    return _fake_lse(q, layout, return_lse, kernel_lse_dtype(q))
+def _cpu_forward_out(q, k, v, out, mask, bias, kv_lengths, layout, *options):
+    *options, return_lse = options
+    _check(q, k, v, mask, bias, kv_lengths, layout, *options, out=out)
+    return _lse(q, layout, return_lse, kernel_lse_dtype(q))
+
+
+def _portable_forward(q, k, v, mask, bias, kv_lengths, layout, *options):
+    options, return_lse = options[:5], options[5]  # then come the block sizes that are not defaults
+    _check(q, k, v, mask, bias, kv_lengths, layout, *options)
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), _lse(q, layout, return_lse, lse_dtype(q))
 
 
 def _backward(dout, dlse, q, k, v, out, lse, mask, bias, *options):
@@ -45,9 +46,8 @@ def _backward(dout, dlse, q, k, v, out, lse, mask, bias, *options):
 
 
 def register() -> None:
-    for operators, lse_dtype_of in ((ops.CPU, kernel_lse_dtype), (ops.PORTABLE, lse_dtype)):
-        forward = _forward_with(lse_dtype_of)
+    for operators, forward in ((ops.CPU, _cpu_forward), (ops.PORTABLE, _portable_forward)):
         torch.library.register_fake(operators.attention, forward)
         torch.library.register_fake(operators.forward, forward)
         torch.library.register_fake(operators.backward, _backward)
-    torch.library.register_fake(ops.forward_out, _forward_out)
+    torch.library.register_fake(ops.forward_out, _cpu_forward_out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from .config import AttentionConfig
 
 CAUSAL = {False: 0, True: 1, "bottom_right": 1, "top_left": 2}
 _NO_CONFIG = AttentionConfig()
+_FAR = 1 << 62  # a window that reaches this far is unbounded, and fits an operator's int
 
 
 def flash_attention(
@@ -82,6 +84,8 @@ def flash_attention(
     compiling = torch.compiler.is_compiling()
     try:
         left, right = (-1, -1) if window is None else window_bounds(window)
+        if deterministic is not None and not isinstance(deterministic, bool):
+            raise TypeError(f"deterministic must be a bool or None, got {deterministic!r}")
         if backend == "auto" and config is None and q.is_cpu and dispatch.is_auto():
             name, blocks = "cpu", ()
             if not compiling:
@@ -142,10 +146,17 @@ def window_bounds(window: object) -> tuple[int, int]:
     """(left, right) with -1 for None."""
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise TypeError(f"window must be None or a pair (left, right), got {window!r}")
-    for side in window:
-        if side is not None and not isinstance(side, int):
+    return _window_side(window[0], window), _window_side(window[1], window)
+
+
+def _window_side(side: object, window: tuple | list) -> int:
+    if side is None:
+        return -1
+    if not isinstance(side, int):
+        if not hasattr(side, "__index__"):
             raise TypeError(f"window must hold ints or None, got {window!r}")
-    return tuple(-1 if side is None else side for side in window)
+        side = operator.index(side)
+    return -1 if side >= _FAR else side
 
 
 def _check_types(q, k, v, mask, bias, kv_lengths, out, layout, causal, scale, softcap, config) -> None:
@@ -158,7 +169,9 @@ def _check_types(q, k, v, mask, bias, kv_lengths, out, layout, causal, scale, so
     _errors.choice("layout", layout, LAYOUTS)
     _errors.choice("causal", causal, CAUSAL)
     for name, value in {"scale": 0.0 if scale is None else scale, "softcap": softcap}.items():
-        if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not hasattr(
+            value, "__float__"
+        ):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if config is not None and not isinstance(config, AttentionConfig):
         raise TypeError(f"config must be an AttentionConfig or None, got {type(config).__name__}")

@@ -33,11 +33,11 @@ class _SeenProduct(torch.autograd.Function):
 
 
 class _SeenScores(torch.autograd.Function):
-    """q @ k^T where `seen`, 0 elsewhere; gradients likewise."""
+    """q @ k^T; what is not seen, which the caller overwrites, gets no gradient and gives none."""
 
     @staticmethod
     def forward(q, k, seen):
-        return (q @ k.mT).masked_fill(~seen, 0)
+        return q @ k.mT
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -88,10 +88,11 @@ def _unfused(p: Problem, dtype: torch.dtype, lse_dtype: torch.dtype | None) -> t
     rows = p.q.flatten(2, 3)
     visible = p.visible(0, shape[3], 0, shape[4])
     if visible is None:
-        s = (rows @ p.k.mT) * p.scale
+        s = rows @ p.k.mT
     else:
         visible = visible.expand(shape).flatten(2, 3)
-        s = _SeenScores.apply(rows, p.k, visible) * p.scale
+        s = _SeenScores.apply(rows, p.k, visible)
+    s = s * p.scale
     if p.softcap:
         s = torch.tanh(s / p.softcap) * p.softcap
     if p.bias is not None:
@@ -99,16 +100,12 @@ def _unfused(p: Problem, dtype: torch.dtype, lse_dtype: torch.dtype | None) -> t
     if visible is None:
         out = torch.softmax(s, -1) @ p.v
     else:
-        # softmax of a row of -inf is NaN, and so would its gradient be.
-        nothing = ~visible.any(-1, keepdim=True)
-        s = s.masked_fill(~visible, -math.inf).masked_fill(nothing, 0)
-        weights = torch.softmax(s, -1).masked_fill(~visible, 0)
-        out = _SeenProduct.apply(weights, visible, p.v)
-    out = out.unflatten(2, shape[2:4]).flatten(1, 2)
-    if lse_dtype is None:
-        return out, None
-    lse = s.to(lse_dtype).logsumexp(-1)
-    return out, lse if visible is None else lse.masked_fill(nothing.squeeze(-1), -math.inf)
+        hidden = ~visible
+        s = s.masked_fill(hidden, -math.inf)
+        # The second fill is for rows of nothing but -inf, whose softmax is NaN.
+        out = _SeenProduct.apply(torch.softmax(s, -1).masked_fill(hidden, 0), visible, p.v)
+    lse = None if lse_dtype is None else s.to(lse_dtype).logsumexp(-1)
+    return out.unflatten(2, shape[2:4]).flatten(1, 2), lse
 
 
 def attention_fp64(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 
 import torch
@@ -138,10 +139,8 @@ def _attention(
     """Equal leading axes, which `attn_mask` has as well when there are two or more."""
     if query.dim() > 4:
         return _many_batch_axes(query, key, value, attn_mask, causal, scale)
-    mask, bias = (
-        (attn_mask, None) if attn_mask is None or attn_mask.dtype == torch.bool else (None, attn_mask)
-    )
-    options = {"mask": mask, "bias": bias, "scale": scale}
+    is_bias = attn_mask is not None and attn_mask.dtype != torch.bool
+    options = {"bias" if is_bias else "mask": attn_mask, "scale": scale}
     if query.is_contiguous() or value.shape[-1] != query.shape[-1]:
         return flash_attention(query, key, value, causal, layout="bhsd", **options)
     order = _stride_order(query)
@@ -177,8 +176,9 @@ def _stride_order(t: Tensor) -> list[int]:
 def _many_batch_axes(query, key, value, attn_mask, causal, scale) -> Tensor:
     """Several batch axes: as one where the strides allow it, else one after another, never by a copy."""
     tensors = [t for t in (query, key, value, attn_mask) if t is not None]
+    batch = math.prod(query.shape[:-3])
     try:
-        merged = [t.view(-1, *t.shape[-3:]) for t in tensors]
+        merged = [t.view(batch, *t.shape[-3:]) for t in tensors]
     except RuntimeError:
         slices = zip(*tensors, strict=True)
         return torch.stack([_attention(*(*parts, None)[:4], causal, scale) for parts in slices])

@@ -37,14 +37,15 @@ def op_arguments(name: str, case: Case, dtype=torch.float32, grad=False) -> tupl
         x.q, x.k, x.v = (t.detach().requires_grad_() for t in (x.q, x.k, x.v))
     qkv, extras = (x.q, x.k, x.v), (x.mask, x.bias, x.kv_lengths)
     name = name.split("::")[1].split(".")[0]
-    if name in ("attention_forward", "attention"):
+    if name in ("attention_forward", "attention", "portable_forward", "portable"):
         return (*qkv, *extras, *options(case), True)
     if name == "attention_forward_out":
         return (*qkv, torch.empty_like(x.dout), *extras, *options(case), True)
-    assert name == "attention_backward", f"no arguments for the operator {name}: add them here"
+    assert name in ("attention_backward", "portable_backward"), f"no arguments for the operator {name}: add them here"
+    forward = getattr(torch.ops.flash_attn_ext, name.replace("backward", "forward"))
     with torch.no_grad():
-        out, lse = torch.ops.flash_attn_ext.attention_forward(*qkv, *extras, *options(case), True)
-    return (x.dout, x.dlse, *qkv, out, lse, *extras, *options(case), x.bias is not None)
+        out, lse = forward(*qkv, *extras, *options(case), True)
+    return (x.dout, torch.ones_like(lse), *qkv, out, lse, *extras, *options(case), x.bias is not None)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -52,7 +53,7 @@ def op_arguments(name: str, case: Case, dtype=torch.float32, grad=False) -> tupl
 def test_opcheck(name, case):
     op = getattr(torch.ops.flash_attn_ext, name.split("::")[1].split(".")[0]).default
     torch.library.opcheck(op, op_arguments(name, case))
-    if name == "flash_attn_ext::attention":
+    if name in ("flash_attn_ext::attention", "flash_attn_ext::portable"):
         torch.library.opcheck(op, op_arguments(name, case, grad=True))
 
 

@@ -201,7 +201,7 @@ class TestPairs:
     def test_a_huge_softcap_is_none_and_values_are_linear(self, target, dtype):
         inputs = build(Case("cap", **BASE), dtype)
         out, lse = call(inputs, target)
-        capped, capped_lse = call(inputs, target, softcap=1e6)
+        capped, capped_lse = call(inputs, target, softcap=1e8)  # (s / cap)^3 is below the last bit
         assert_near(capped, out)
         assert_near(capped_lse, lse)
         doubled, _ = call(inputs, target, v=inputs.v * 2)

@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "core/describe.h"
+#include "core/overlap.h"
 
 namespace fae {
 namespace {
@@ -128,42 +129,6 @@ std::optional<CallError> check_broadcast(const Named& t, const int64_t full[4]) 
                                      shape_text(scores)};
 }
 
-// Addresses a strided tensor spans: [first, last) in bytes; empty without elements.
-struct Span {
-  uintptr_t first, last;
-};
-
-Span span_of(const TensorDesc& t) {
-  const auto first = reinterpret_cast<uintptr_t>(t.data);
-  int64_t last = 0;
-  for (int i = 0; i < t.rank; ++i) {
-    if (t.shape[i] == 0) return {first, first};
-    last += (t.shape[i] - 1) * t.stride[i];
-  }
-  return {first, first + uintptr_t((last + 1) * size_of(t.dtype))};
-}
-
-// Whether two different indices can name the same element: sorted by stride, every
-// axis must step over all that the smaller ones span.
-bool overlaps_itself(const TensorDesc& t) {
-  int64_t span = 1;
-  bool used[TensorDesc::kMaxRank] = {};
-  for (int i = 0; i < t.rank; ++i) {
-    if (t.shape[i] == 0) return false;
-  }
-  for (int n = 0; n < t.rank; ++n) {
-    int smallest = -1;
-    for (int i = 0; i < t.rank; ++i) {
-      if (!used[i] && (smallest < 0 || t.stride[i] < t.stride[smallest])) smallest = i;
-    }
-    used[smallest] = true;
-    if (t.shape[smallest] == 1) continue;
-    if (t.stride[smallest] < span) return true;
-    span += (t.shape[smallest] - 1) * t.stride[smallest];
-  }
-  return false;
-}
-
 std::optional<CallError> check_out(const CallDesc& call) {
   if (!call.out.present) return std::nullopt;
   TensorDesc wanted = call.q;
@@ -179,13 +144,9 @@ std::optional<CallError> check_out(const CallDesc& call) {
     return CallError{Kind::kValue, quoted({"out", &call.out}) + " and strides " + shape_text(strides) +
                                        ", so that several of its elements share memory; it must have none that do"};
   }
-  if (!call.out.data) return std::nullopt;
-  const Span out = span_of(call.out);
   for (const Named& t : {Named{"q", &call.q}, Named{"k", &call.k}, Named{"v", &call.v}, Named{"mask", &call.mask},
                          Named{"bias", &call.bias}, Named{"kv_lengths", &call.kv_lengths}}) {
-    if (!t.tensor->present || !t.tensor->data) continue;
-    const Span in = span_of(*t.tensor);
-    if (in.first < out.last && out.first < in.last && in.first < in.last && out.first < out.last) {
+    if (t.tensor->present && share_memory(call.out, *t.tensor)) {
       return CallError{Kind::kValue, quoted({"out", &call.out}) + " and overlaps the memory of " + t.name +
                                          ", but must not overlap any input"};
     }

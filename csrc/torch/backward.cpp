@@ -1,6 +1,7 @@
 #include <string>
 
 #include "cpu/api.h"
+#include "torch/arguments.h"
 #include "torch/errors.h"
 #include "torch/executor.h"
 #include "torch/ops.h"

@@ -32,5 +32,4 @@ inline View4 attention_view(const TensorDesc& desc, Layout layout) {
 // Returns its rank.
 int lse_shape(const TensorDesc& q, Layout layout, int64_t shape[3]);
 
-
 }  // namespace fae::torch_ops

@@ -65,6 +65,17 @@ inline TileClass classify_mask(const View4& mask, int64_t b, const RowRef* rows,
   return !any_visible ? TileClass::kSkip : any_hidden ? TileClass::kPartial : TileClass::kFull;
 }
 
+// A bias of any dtype in the arithmetic type. A finite value stays finite: only -inf hides.
+template <class Real>
+inline Real bias_value(const void* data, DType dtype, int64_t index) {
+  const double x = load_as_double(data, dtype, index);
+  if (sizeof(Real) == 4 && __builtin_isfinite(x)) {
+    constexpr double kLargest = 3.4028234663852886e+38;
+    return Real(x < -kLargest ? -kLargest : x > kLargest ? kLargest : x);
+  }
+  return Real(x);
+}
+
 // n bias values of one row, widened; points into the bias itself where that needs no
 // conversion, else into `scratch`.
 template <class V>
@@ -87,10 +98,10 @@ const typename V::Elem* bias_row(const View4& bias, DType dtype, int64_t offset,
     }
   }
   if (stride == 0) {
-    const Real x = Real(load_as_double(bias.data, dtype, offset));
+    const Real x = bias_value<Real>(bias.data, dtype, offset);
     for (int64_t j = 0; j < n; ++j) scratch[j] = x;
   } else {
-    for (int64_t j = 0; j < n; ++j) scratch[j] = Real(load_as_double(bias.data, dtype, offset + j * stride));
+    for (int64_t j = 0; j < n; ++j) scratch[j] = bias_value<Real>(bias.data, dtype, offset + j * stride);
   }
   return scratch;
 }

@@ -12,8 +12,9 @@ struct F32 {
   using Reg = float32x4_t;
   using Mask = uint32x4_t;
   static constexpr int kWidth = 4;
-  // 6 x 4 accumulators + 4 columns + 1 broadcast row: 29 of 32 registers.
-  static constexpr int kTileRows = 6;
+  // 4 x 4 accumulators + 4 columns + 4 rows: 24 of 32 registers. Compilers load all rows
+  // ahead of the products (by element), so that 6 rows would spill accumulators.
+  static constexpr int kTileRows = 4;
   static constexpr int kTileVecs = 4;
 
   static FAE_INLINE Reg zero() { return vdupq_n_f32(0.0f); }
@@ -113,7 +114,7 @@ struct F64 {
   using Reg = float64x2_t;
   using Mask = uint64x2_t;
   static constexpr int kWidth = 2;
-  static constexpr int kTileRows = 6;
+  static constexpr int kTileRows = 4;
   static constexpr int kTileVecs = 4;
 
   static FAE_INLINE Reg zero() { return vdupq_n_f64(0.0); }
