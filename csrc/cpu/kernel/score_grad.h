@@ -14,7 +14,7 @@
 namespace fae::cpu::FAE_ISA_NAMESPACE {
 
 // In: score values and dP of one row. Out: P and dS, in place; hidden scores (-inf) give
-// exactly 0 for both, whatever dP, lse and delta are.
+// exactly 0 for both, whatever dP, lse, delta and slope are.
 template <class P>
 FAE_INLINE void score_gradient_row(typename P::Vec::Elem* s, typename P::Vec::Elem* dp,
                                    const typename P::Vec::Elem* slope, int64_t columns,
@@ -28,16 +28,11 @@ FAE_INLINE void score_gradient_row(typename P::Vec::Elem* s, typename P::Vec::El
   for (int64_t j = 0; j < columns; j += V::kWidth) {
     const Reg score = V::load(s + j);
     const auto is_hidden = V::equal(score, hidden);
-    Reg p = P::exp2(V::mul(V::sub(V::fma(score, scale, minus_lse), low), log2e));
+    const Reg p = P::exp2(V::mul(V::sub(V::fma(score, scale, minus_lse), low), log2e));
     Reg ds = V::mul(p, V::sub(V::load(dp + j), delta_lanes));
-    p = V::select(is_hidden, V::zero(), p);
-    ds = V::select(is_hidden, V::zero(), ds);
-    V::store(s + j, p);
-    if (slope) {
-      V::store(dp + j, V::mul(ds, V::load(slope + j)));
-    } else {
-      V::store(dp + j, ds);
-    }
+    if (slope) ds = V::mul(ds, V::load(slope + j));
+    V::store(s + j, V::select(is_hidden, V::zero(), p));
+    V::store(dp + j, V::select(is_hidden, V::zero(), ds));
   }
 }
 
