@@ -36,7 +36,7 @@ class Backward : private ScoreGrad<P, S> {
     special_ = arena_.template take<int64_t>(plan.block_kv + 2 * plan.block_q);
     dkv_ = arena_.template take<Real>(dkv_size(p_, plan));
     if (plan.chunks == 1) {
-      dq_ = arena_.template take<Real>(p_.packed_rows() * dim_padded_);
+      dq_ = arena_.template take<Real>(dq_size(p_));
     }
   }
   size_t bytes() const { return arena_.used(); }
@@ -45,12 +45,13 @@ class Backward : private ScoreGrad<P, S> {
   static int64_t dkv_size(const Problem& p, const Plan& plan) {
     return plan.block_kv * (round_up(p.dim, V::kWidth) + round_up(p.dim_v, V::kWidth));
   }
-  static int64_t dq_size(const Problem& p) { return p.packed_rows() * round_up(p.dim, V::kWidth); }
+  // Elements of one K/V head's dQ sums, [packed_rows][dim] padded, and of its rows' delta.
+  static int64_t dq_size(const Problem& p) { return p.packed_rows() * (round_up(p.dim, V::kWidth) + 1); }
 
   // One K/V head, all rows, all keys.
   void run_head(int64_t unit) {
     select(unit, 0, p_.packed_rows());
-    clear(dq_, dq_size(p_));
+    begin_queries();
     for (int64_t k = 0; k < p_.seq_kv; k += plan_.block_kv) {
       accumulate_block(k);
       store_keys(k, dkv_);
@@ -58,14 +59,14 @@ class Backward : private ScoreGrad<P, S> {
     store_queries();
   }
 
-  // One chunk against the block of keys at k; blocks come last to first. dq:
-  // [packed_rows][dim_padded] of this head, living through all of them.
+  // One chunk against the block of keys at k; blocks come last to first. dq: dq_size()
+  // elements of this head, living through all of them.
   bool run_chunk(int64_t unit, int64_t chunk, int64_t k, Real* dq) {
     const int64_t rows = (p_.packed_rows() + plan_.chunks - 1) / plan_.chunks;
     const int64_t begin = chunk * rows < p_.packed_rows() ? chunk * rows : p_.packed_rows();
     select(unit, begin, begin + rows < p_.packed_rows() ? begin + rows : p_.packed_rows());
     dq_ = dq;
-    if (k + plan_.block_kv >= p_.seq_kv) clear(dq_ + chunk_begin_ * dim_padded_, (chunk_end_ - chunk_begin_) * dim_padded_);
+    if (k + plan_.block_kv >= p_.seq_kv) begin_queries();
     const bool any = accumulate_block(k);
     if (k == 0) store_queries();
     return any;
@@ -96,6 +97,13 @@ class Backward : private ScoreGrad<P, S> {
     chunk_end_ = end;
   }
 
+  Real* delta() const { return dq_ + p_.packed_rows() * dim_padded_; }
+
+  void begin_queries() {
+    clear(dq_ + chunk_begin_ * dim_padded_, (chunk_end_ - chunk_begin_) * dim_padded_);
+    this->compute_delta(chunk_begin_, chunk_end_, delta() + chunk_begin_);
+  }
+
   // False when no row of the chunk sees any of the keys; dkv_ is zero then.
   bool accumulate_block(int64_t k) {
     clear(dkv_, dkv_size(p_, plan_));
@@ -121,7 +129,7 @@ class Backward : private ScoreGrad<P, S> {
 
   void accumulate_rows(int64_t begin, int64_t end) {
     const int64_t n = end - begin;
-    this->load_rows(begin, end);
+    this->load_rows(begin, end, delta() + begin);
     special_queries_ = pack_row_panels(p_.q, begin, n, p_.dim, q_rows_, special_ + plan_.block_kv);
     special_douts_ = pack_row_panels(call_.dout, begin, n, p_.dim_v, dout_rows_,
                                      special_ + plan_.block_kv + plan_.block_q);
@@ -311,7 +319,7 @@ class Backward : private ScoreGrad<P, S> {
 
   int64_t dim_padded_, dim_v_padded_;
   int64_t chunk_begin_ = 0, chunk_end_ = 0;
-  Real* dq_ = nullptr;    // [packed_rows][dim_padded]
+  Real* dq_ = nullptr;    // [packed_rows][dim_padded], then delta [packed_rows]
   Real* dkv_ = nullptr;   // [block_kv][dim_padded], then [block_kv][dim_v_padded]
   Operand* k_rows_;       // panels of dim columns, depth block_kv
   Operand* q_rows_;       // panels of dim columns, depth block_q

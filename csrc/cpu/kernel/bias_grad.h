@@ -76,7 +76,7 @@ class BiasGrad : private ScoreGrad<P, S> {
     this->load_keys(k, k_end);
     for (int64_t row = begin; row < end; row += plan_.block_q) {
       const int64_t rows_end = row + plan_.block_q < end ? row + plan_.block_q : end;
-      this->load_rows(row, rows_end);
+      this->load_rows(row, rows_end, nullptr);
       for (int64_t r = 0; r < rows_end - row; r += kRows) {
         const int rows = int(rows_end - row - r < kRows ? rows_end - row - r : kRows);
         TileRange range;

@@ -1,8 +1,8 @@
 // Recomputed probabilities P and score gradients dS of one register tile; what the
 // backward pass and the bias gradient have in common.
 //
-//   P = exp(score - lse),  dP = dO V^T,  dS = P * (dP - delta),
-//   delta = rowsum(dO * O) - dlse           (FlashAttention-2, section 3.1)
+//   P = exp(score - lse),  dP = dO V^T,  dS = P * (dP - delta + dlse),
+//   delta = rowsum(dO * O)                  (FlashAttention-2, section 3.1)
 #pragma once
 
 #include "cpu/api.h"
@@ -19,17 +19,19 @@ template <class P>
 FAE_INLINE void score_gradient_row(typename P::Vec::Elem* s, typename P::Vec::Elem* dp,
                                    const typename P::Vec::Elem* slope, int64_t columns,
                                    typename P::Vec::Elem natural, typename P::Vec::Elem lse,
-                                   typename P::Vec::Elem lse_low, typename P::Vec::Elem delta) {
+                                   typename P::Vec::Elem lse_low, typename P::Vec::Elem delta,
+                                   typename P::Vec::Elem dlse) {
   using V = typename P::Vec;
   using Real = typename V::Elem;
   using Reg = typename V::Reg;
   const Reg scale = V::set1(natural), minus_lse = V::set1(-lse), log2e = V::set1(Real(1.4426950408889634));
-  const Reg low = V::set1(lse_low), delta_lanes = V::set1(delta), hidden = V::set1(Real(-__builtin_inf()));
+  const Reg low = V::set1(lse_low), delta_lanes = V::set1(delta), dlse_lanes = V::set1(dlse);
+  const Reg hidden = V::set1(Real(-__builtin_inf()));
   for (int64_t j = 0; j < columns; j += V::kWidth) {
     const Reg score = V::load(s + j);
     const auto is_hidden = V::equal(score, hidden);
     const Reg p = P::exp2(V::mul(V::sub(V::fma(score, scale, minus_lse), low), log2e));
-    Reg ds = V::mul(p, V::sub(V::load(dp + j), delta_lanes));
+    Reg ds = V::mul(p, V::add(V::sub(V::load(dp + j), delta_lanes), dlse_lanes));
     if (slope) ds = V::mul(ds, V::load(slope + j));
     V::store(s + j, V::select(is_hidden, V::zero(), p));
     V::store(dp + j, V::select(is_hidden, V::zero(), ds));
@@ -63,6 +65,9 @@ class ScoreGrad {
     lse_ = arena_.take<Real>(plan.block_q);
     lse_low_ = arena_.take<Real>(plan.block_q);
     delta_ = arena_.take<Real>(plan.block_q);
+    dlse_ = arena_.take<Real>(plan.block_q);
+    tile_rows_ = arena_.take<Operand>(kRows * dim_v_operand_);
+    tile_columns_ = arena_.take<Operand>(panel_operands<P>(kRows, p_.dim_v));
     scratch_ = arena_.take<Real>(plan.block_kv);
     if (p_.score.softcap > 0) slope_ = arena_.take<Real>(kRows * plan.block_kv);
   }
@@ -90,29 +95,46 @@ class ScoreGrad {
     pack_transposed<P>(rows_of(p_.v, head_kv_, k_begin), k_end - k_begin, p_.dim_v, v_columns_);
   }
 
-  // Packed rows [begin, end): queries, output gradients, lse and delta.
-  void load_rows(int64_t begin, int64_t end) {
+  // Packed rows [begin, end): queries, output gradients, lse, dlse, and delta: as computed
+  // before, or computed here when `delta` is null.
+  void load_rows(int64_t begin, int64_t end, const Real* delta) {
     row_begin_ = begin;
+    if (!delta) compute_delta(begin, end, delta_);
     for (int64_t row = begin; row < end; ++row) {
       const RowRef at = ref(row);
       const int64_t r = row - begin;
-      const SourceRows<S> out = rows_of(call_.out, at.head, at.query);
-      const SourceRows<S> dout = rows_of(call_.dout, at.head, at.query);
       pack_operand<P>(rows_of(p_.q, at.head, at.query), 1, p_.dim, q_ + r * dim_operand_);
-      pack_operand<P>(dout, 1, p_.dim_v, dout_ + r * dim_v_operand_);
-      auto sum = V::zero();
-      for (int64_t c = 0; c < p_.dim_v; c += V::kWidth) {
-        const int lanes = int(p_.dim_v - c < V::kWidth ? p_.dim_v - c : V::kWidth);
-        sum = V::fma(load_row<V>(out.data + c * out.column, out.column, lanes),
-                     load_row<V>(dout.data + c * dout.column, dout.column, lanes), sum);
-      }
+      pack_operand<P>(rows_of(call_.dout, at.head, at.query), 1, p_.dim_v, dout_ + r * dim_v_operand_);
       const int64_t flat = (b_ * p_.heads_q + at.head) * p_.seq_q + at.query;
       const Lse lse = static_cast<const Lse*>(call_.lse)[flat];
       // A row without keys: exp(-inf - inf) is 0, exp(-inf + inf) would not be.
       lse_[r] = lse == Lse(-__builtin_inf()) ? Real(__builtin_inf()) : Real(lse);
       lse_low_[r] = __builtin_isfinite(lse) ? Real(lse - Lse(lse_[r])) : Real(0);
-      delta_[r] = V::reduce_add(sum);
-      if (call_.dlse) delta_[r] -= Real(static_cast<const Lse*>(call_.dlse)[flat]);
+      if (delta) delta_[r] = delta[r];
+      dlse_[r] = call_.dlse ? Real(static_cast<const Lse*>(call_.dlse)[flat]) : Real(0);
+    }
+  }
+
+  // delta of packed rows [begin, end), by the very product that makes dP: a row that sees
+  // one key has O = V, and dP - delta is then exactly 0 and not a rounding error.
+  void compute_delta(int64_t begin, int64_t end, Real* delta) {
+    const int64_t steps = dim_v_operand_ / P::kPair;
+    for (int64_t row = begin; row < end; row += kRows) {
+      const int rows = int(end - row < kRows ? end - row : kRows);
+      for (int i = 0; i < rows; ++i) {
+        const RowRef at = ref(row + i);
+        pack_operand<P>(rows_of(call_.out, at.head, at.query), 1, p_.dim_v, tile_rows_ + i * dim_v_operand_);
+      }
+      pack_transposed<P>(SourceRows<Operand>{tile_rows_, dim_v_operand_, 1}, rows, dim_v_operand_, tile_columns_);
+      for (int i = 0; i < rows; ++i) {
+        const RowRef at = ref(row + i);
+        pack_operand<P>(rows_of(call_.dout, at.head, at.query), 1, p_.dim_v, tile_rows_ + i * dim_v_operand_);
+      }
+      Real products[kRows * kPanel<P>];
+      multiply_tile<P, Update::kStore>(rows, (rows + V::kWidth - 1) / V::kWidth,
+                                       {steps, tile_rows_, dim_v_operand_, P::kPair, tile_columns_, kStep, products,
+                                        kPanel<P>, nullptr});
+      for (int i = 0; i < rows; ++i) delta[row - begin + i] = products[i * kPanel<P> + i];
     }
   }
 
@@ -147,7 +169,8 @@ class ScoreGrad {
     finish_scores<V>(p_, b_, kv_length_, partial, masked, tile, scratch_, slope, plan_.block_kv);
     for (int i = 0; i < rows; ++i) {
       score_gradient_row<P>(tile.s + i * ld, ds + first + i * ld, slope ? slope + i * plan_.block_kv : nullptr,
-                            columns, scale_.natural, lse_[row + i], lse_low_[row + i], delta_[row + i]);
+                            columns, scale_.natural, lse_[row + i], lse_low_[row + i], delta_[row + i],
+                            dlse_[row + i]);
     }
     return true;
   }
@@ -169,6 +192,9 @@ class ScoreGrad {
   Real* lse_;                        // [block_q], and what its rounding left over
   Real* lse_low_;                    // [block_q]
   Real* delta_;                      // [block_q]
+  Real* dlse_;                       // [block_q]
+  Operand* tile_rows_;               // [kRows][dim_v], for compute_delta
+  Operand* tile_columns_;            // panel of kRows columns, depth dim_v
   Real* scratch_;                    // [block_kv]
   Real* slope_ = nullptr;            // [kRows][block_kv], with softcap
 
