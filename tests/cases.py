@@ -162,11 +162,12 @@ def _family(prefix: str, cases: list[Case]) -> list[Case]:
     return [replace(c, name=f"{prefix}-{c.name}") for c in cases]
 
 
+# fmt: off
 def _sizes() -> list[Case]:
     """Lengths around every tile boundary, square and not, both layouts in turn."""
     seqs = [(1, 1), (3, 3), (17, 17), (63, 63), (64, 64), (65, 65), (127, 127), (128, 128), (129, 129), (191, 191),
             (192, 192), (193, 193), (257, 257), (385, 385), (513, 513), (1, 65), (1, 257), (1, 513), (2, 385), (3, 129),
-            (17, 193), (64, 257), (129, 17), (193, 3), (257, 1), (513, 1), (65, 128), (128, 65)]  # fmt: skip
+            (17, 193), (64, 257), (129, 17), (193, 3), (257, 1), (513, 1), (65, 128), (128, 65)]
     cases = []
     for n, seq in enumerate(seqs):
         layout = ("bshd", "bhsd")[n % 2]
@@ -183,7 +184,7 @@ def _dims() -> list[Case]:
     dims = [1, 3, 8, 16, 31, 40, 64, 72, 80, 96, 128, 160, 192, 256, 320, 512, 576, 1024]
     cases = [Case(f"{d}", seq=(37, 41), dim=(d, d), heads=(2, 1) if d < 512 else (1, 1)) for d in dims]
     unequal = [(1, 64), (64, 1), (3, 8), (31, 40), (72, 80), (96, 64), (64, 128), (128, 256), (192, 128), (160, 96),
-               (576, 512), (320, 16), (16, 1024), (1024, 3)]  # fmt: skip
+               (576, 512), (320, 16), (16, 1024), (1024, 3)]
     cases += [
         Case(f"{d}-{dv}", heads=(2, 2), seq=(35, 66), dim=(d, dv), layout="bhsd", causal=bool(n % 2))
         for n, (d, dv) in enumerate(unequal)
@@ -240,7 +241,7 @@ def _bands() -> list[Case]:
         for m, seq in enumerate(shapes):
             causal = (False, True, "top_left")[(n + m) % 3]
             cases.append(Case(f"{window[0]}-{window[1]}-{seq[0]}x{seq[1]}-{causal}", seq=seq, window=window, causal=causal,
-                              layout=("bshd", "bhsd")[(n + m) % 2]))  # fmt: skip
+                              layout=("bshd", "bhsd")[(n + m) % 2]))
     for seq in [(200, 300), (300, 200)]:
         for causal in (True, "top_left"):
             cases.append(Case(f"far-{seq[0]}x{seq[1]}-{causal}", seq=seq, window=(40, 90), causal=causal, heads=(3, 1)))
@@ -266,7 +267,7 @@ def _scores() -> list[Case]:
 
 
 PATTERNS = ["bhqk", "bhq1", "bh1k", "bh11", "b1qk", "b1q1", "b11k", "b111", "1hqk", "1hq1", "1h1k", "1h11", "11qk",
-            "11q1", "111k", "1111", "hqk", "1qk", "qk", "1k", "q1", "k", "1"]  # fmt: skip
+            "11q1", "111k", "1111", "hqk", "1qk", "qk", "1k", "q1", "k", "1"]
 
 
 def _masks() -> list[Case]:
@@ -285,7 +286,7 @@ def _masks() -> list[Case]:
         cases.append(Case(f"neg-inf-{pattern}", **base, bias=pattern, bias_neg_inf=True, bias_dtype=bias_dtypes[n % 3]))
     for n, lengths in enumerate([(70, 70), (0, 70), (1, 69), (64, 33), (1000, 12), (-3, 5), (2**31 - 1, 0)]):
         cases.append(Case(f"lengths-{n}", **base, lengths=lengths, lengths_dtype=("int32", "int64")[n % 2],
-                          causal=n % 2 == 0))  # fmt: skip
+                          causal=n % 2 == 0))
     cases.append(Case("lengths-window", **base, lengths=(50, 11), window=(20, 4)))
     cases.append(Case("lengths-long", batch=3, heads=(2, 1), seq=(3, 400), lengths=(129, 1, 385), dim=(64, 64)))
     cases.append(Case("lengths-top-left", **base, lengths=(31, 64), causal="top_left"))
@@ -311,11 +312,25 @@ def _strides() -> list[Case]:
     return _family("stride", cases)
 
 
+# fmt: on
 def _products(count: int) -> list[Case]:
     """Draws from all options at once, with one fixed seed."""
     r = random.Random(20240607)
-    recipes = ["dense", "dense", "transposed", "d_slow", "step2", "rows2", "offset", "padded", "overlap", "expand0", "expand3"]
+    recipes = [
+        "dense",
+        "dense",
+        "transposed",
+        "d_slow",
+        "step2",
+        "rows2",
+        "offset",
+        "padded",
+        "overlap",
+        "expand0",
+        "expand3",
+    ]
     cases = []
+    # fmt: off
     for n in range(count):
         batch = r.choice([1, 1, 2, 3])
         seq = (r.choice([1, 2, 17, 33, 64, 65, 130]), r.choice([1, 5, 31, 64, 65, 129, 190]))
@@ -332,12 +347,15 @@ def _products(count: int) -> list[Case]:
                 bias_neg_inf=r.random() < 0.3, lengths=lengths, lengths_dtype=r.choice(["int32", "int64"]),
                 strides=(r.choice(recipes), r.choice(recipes), r.choice(recipes)), out_grad_strides=r.choice(recipes),
                 use_lse=r.random() < 0.7,
-            )  # fmt: skip
+            )
         )
+    # fmt: on
     return _family("product", cases)
 
 
-CASES = _sizes() + _dims() + _heads() + _zeros() + _bands() + _scores() + _masks() + _strides() + _products(90)
+CASES = (
+    _sizes() + _dims() + _heads() + _zeros() + _bands() + _scores() + _masks() + _strides() + _products(90)
+)
 assert len({c.name for c in CASES}) == len(CASES), "case names are not unique"
 # One of each family's turns, for checks that need variety more than completeness.
 FEW = CASES[::9]

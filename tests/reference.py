@@ -16,9 +16,9 @@ from torch import Tensor
 NEG_INF = float("-inf")
 # Last bits granted on top of the error of the unfused computation, in ulps of the result's size.
 SLACK_ULPS = {torch.float16: 1, torch.bfloat16: 1, torch.float32: 4, torch.float64: 16}
-# One small tensor against the worst of a few unfused draws: in fp32, where both round alike, one draw in a hundred
-# is worse by luck. `test_errors_are_those_of_the_unfused_computation` holds all draws together to the rule itself.
-LUCK = {torch.float32: 2.0}
+# One small tensor against the worst of a few unfused draws: where both round alike, one draw in a thousand is worse
+# by luck. `test_errors_are_those_of_the_unfused_computation` holds all draws together to the rule itself.
+LUCK = {torch.float32: 2.5, torch.float64: 1.5}
 # The fp32 LSE of half inputs, held against fp32 arithmetic: dot instructions round after every pair of products.
 HALF_LSE_ULPS = 16
 
@@ -107,8 +107,20 @@ def _sum_to_shape(x: Tensor, shape) -> Tensor:
 
 
 def attend(
-    q, k, v, *, layout="bshd", causal=False, window=None, scale=None, softcap=0.0, mask=None, bias=None,
-    kv_lengths=None, dout=None, dlse=None,
+    q,
+    k,
+    v,
+    *,
+    layout="bshd",
+    causal=False,
+    window=None,
+    scale=None,
+    softcap=0.0,
+    mask=None,
+    bias=None,
+    kv_lengths=None,
+    dout=None,
+    dlse=None,
 ) -> Result:
     """Exact attention in fp64; with `dout` (and `dlse`) also all gradients, by the explicit formulas."""
     rank = q.dim()
@@ -154,7 +166,9 @@ def attend(
     ds = torch.where(seen, ds * slope * scale, 0.0)
     squares = squares * (slope * scale) ** 2
     result.terms["dq"] = largest(_weighted_sum(squares, k4**2, seen)) ** 0.5
-    result.terms["dk"] = largest(_weighted_sum(squares.transpose(-1, -2), q4**2, seen.transpose(-1, -2))) ** 0.5
+    result.terms["dk"] = (
+        largest(_weighted_sum(squares.transpose(-1, -2), q4**2, seen.transpose(-1, -2))) ** 0.5
+    )
     seen_t = seen.transpose(-1, -2)
     dq = _weighted_sum(ds, k4, seen)
     dk = _weighted_sum(ds.transpose(-1, -2), q4, seen_t)
@@ -166,8 +180,22 @@ def attend(
 
 
 def unfused(
-    q, k, v, *, layout="bshd", causal=False, window=None, scale=None, softcap=0.0, mask=None, bias=None,
-    kv_lengths=None, dout=None, dlse=None, lse_dtype=None, other=False,
+    q,
+    k,
+    v,
+    *,
+    layout="bshd",
+    causal=False,
+    window=None,
+    scale=None,
+    softcap=0.0,
+    mask=None,
+    bias=None,
+    kv_lengths=None,
+    dout=None,
+    dlse=None,
+    lse_dtype=None,
+    other=False,
 ) -> Result:
     """What a torch user writes without a fused kernel, in the inputs' own dtype, differentiated by autograd.
 
@@ -189,11 +217,19 @@ def unfused(
 
     def product(a, b):
         """a @ b, or the same by way of the transposed product over the reversed inner axis."""
-        return (b.flip(-2).transpose(-1, -2) @ a.flip(-1).transpose(-1, -2)).transpose(-1, -2) if other else a @ b
+        return (
+            (b.flip(-2).transpose(-1, -2) @ a.flip(-1).transpose(-1, -2)).transpose(-1, -2)
+            if other
+            else a @ b
+        )
 
     def scores_of(q, k, bias, dtype):
         q4, k4 = to_bhsd(q.to(dtype), layout), repeated(k.to(dtype))
-        s = product(q4 * factor, k4.transpose(-1, -2)) if other else product(q4, k4.transpose(-1, -2)) * factor
+        s = (
+            product(q4 * factor, k4.transpose(-1, -2))
+            if other
+            else product(q4, k4.transpose(-1, -2)) * factor
+        )
         if softcap > 0:
             s = softcap * torch.tanh(s / softcap)
         seen = visibility(s.shape, causal, window, mask, bias, kv_lengths)
@@ -242,17 +278,32 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return largest((got.double() - want)[finite]) / size if size else 0.0
 
 
-def complaint(
-    name: str, got: Tensor, want: Tensor, unfused_error: float = 0.0, term: float = 0.0, input_dtype: torch.dtype | None = None
-) -> str | None:
-    """None when `got` obeys the error rule, else one line that says how it does not.
+def allowance(
+    name: str,
+    dtype: torch.dtype,
+    want: Tensor,
+    unfused_error: float = 0.0,
+    term: float = 0.0,
+    input_dtype=None,
+) -> float:
+    """The largest error that the rule grants a result of `dtype`.
 
     want: the fp64 reference. unfused_error: that of the unfused same-dtype computation, relative to the result's size.
     term: size of the summands where the result is a sum that cancels. A gradient of the scores is
     p (dp - delta), and with few keys the two are all but equal: how much of their rounding is left over is
     luck, for any algorithm, so the last bits are those of the summands. input_dtype: that of q and of the
-    output that delta is made of, whose last bits these are.
+    output that delta may be made of, whose last bits these are.
     """
+    size = largest(want)
+    half_lse = name == "lse" and input_dtype in (torch.float16, torch.bfloat16)
+    granted = (HALF_LSE_ULPS if half_lse else SLACK_ULPS[dtype]) * ulp(size, dtype)
+    if term:
+        granted = max(granted, SLACK_ULPS[input_dtype] * ulp(max(size, term), input_dtype))
+    return unfused_error * size + granted
+
+
+def complaint(name: str, got: Tensor, want: Tensor, *rule, **more_rule) -> str | None:
+    """None when `got` obeys the rule for `want`, else one line that says how it does not; see `allowance`."""
     if tuple(got.shape) != tuple(want.shape):
         return f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
     got64 = got.detach().double()
@@ -260,14 +311,8 @@ def complaint(
         if not torch.equal(kind(got64), kind(want)):
             wrong = int((kind(got64) != kind(want)).sum())
             return f"{name}: {kind.__name__} differs from the reference in {wrong} of {got.numel()} entries"
-    finite = torch.isfinite(want)
-    error = largest((got64 - want)[finite])
-    size = largest(want)
-    half_lse = name == "lse" and input_dtype in (torch.float16, torch.bfloat16)
-    granted = (HALF_LSE_ULPS if half_lse else SLACK_ULPS[got.dtype]) * ulp(size, got.dtype)
-    if term:
-        granted = max(granted, SLACK_ULPS[input_dtype] * ulp(max(size, term), input_dtype))
-    theirs = unfused_error * size
-    if error > LUCK.get(got.dtype, 1.0) * (theirs + granted):
-        return f"{name}: error {error:.3e}, unfused {theirs:.3e} + {granted:.3e} granted"
+    error = largest((got64 - want)[torch.isfinite(want)])
+    allowed = allowance(name, got.dtype, want, *rule, **more_rule)
+    if error > LUCK.get(got.dtype, 1.0) * allowed:
+        return f"{name}: error {error:.3e}, allowed {allowed:.3e}"
     return None

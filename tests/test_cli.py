@@ -14,7 +14,9 @@ from flash_attn_ext import _C
 def python(*arguments, code: str | None = None, **environment) -> subprocess.CompletedProcess:
     command = [sys.executable, *(("-c", code) if code else arguments)]
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("FLASH_ATTN_EXT_")}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**inherited, **environment})
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**inherited, **environment}
+    )
 
 
 CALL = """
@@ -63,7 +65,8 @@ def test_isa_variable(isa):
 
 
 @pytest.mark.parametrize(
-    ("variable", "value"), [("FLASH_ATTN_EXT_BACKEND", "tpu"), ("FLASH_ATTN_EXT_CPU_ISA", "sse9"), ("FLASH_ATTN_EXT_LOG", "loud")]
+    ("variable", "value"),
+    [("FLASH_ATTN_EXT_BACKEND", "tpu"), ("FLASH_ATTN_EXT_CPU_ISA", "sse9"), ("FLASH_ATTN_EXT_LOG", "loud")],
 )
 def test_wrong_values_are_named(variable, value):
     done = python(code=CALL, **{variable: value})

@@ -53,18 +53,26 @@ class TestMergeStates:
             fae.flash_attention(inputs.q, inputs.k[:, s : s + 10], inputs.v[:, s : s + 10], return_lse=True)
             for s in (0, 10, 20)
         )
-        left, right = fae.merge_states(*fae.merge_states(*a, *b), *c), fae.merge_states(*a, *fae.merge_states(*b, *c))
+        left, right = (
+            fae.merge_states(*fae.merge_states(*a, *b), *c),
+            fae.merge_states(*a, *fae.merge_states(*b, *c)),
+        )
         torch.testing.assert_close(left, right)
 
     def test_large_and_distant_states(self):
         out = torch.ones(1, 1, 1, 2)
         for big, small in ((5000.0, -5000.0), (3e38, -3e38), (80.0, -80.0)):
-            merged, lse = fae.merge_states(out, torch.full((1, 1, 1), big), 3 * out, torch.full((1, 1, 1), small))
+            merged, lse = fae.merge_states(
+                out, torch.full((1, 1, 1), big), 3 * out, torch.full((1, 1, 1), small)
+            )
             assert torch.equal(merged, out) and lse.item() == torch.tensor(big).item()
 
     def test_gradcheck(self):
         parts, _ = halves(torch.float64)
-        parts = [p.detach()[:1, :3].requires_grad_() if p.dim() == 4 else p.detach()[:1, :, :3].requires_grad_() for p in parts]
+        parts = [
+            p.detach()[:1, :3].requires_grad_() if p.dim() == 4 else p.detach()[:1, :, :3].requires_grad_()
+            for p in parts
+        ]
         assert torch.autograd.gradcheck(fae.merge_states, parts)
 
     def test_gradients_of_empty_states_are_zero(self):
@@ -112,7 +120,9 @@ class TestExplain:
         plan = fae.explain(*qkv(1, 64, 2, 16), backend=name)
         assert plan.backend == name
         assert set(plan.rejected) == {"cpu", "portable", "standard"} - {name} or "cuda" in plan.rejected
-        assert all(reasons and all(isinstance(r, str) and r for r in reasons) for reasons in plan.rejected.values())
+        assert all(
+            reasons and all(isinstance(r, str) and r for r in reasons) for reasons in plan.rejected.values()
+        )
 
     def test_work_that_is_hidden_is_not_counted(self):
         q, k, v = qkv(1, 4096, 2, 64)
@@ -220,16 +230,21 @@ class TestConfig:
         expected = fae.flash_attention(inputs.q, inputs.k, inputs.v, causal=True)
         for config in (fae.AttentionConfig(block_q=1, block_kv=1), fae.AttentionConfig(block_q=33, block_kv=7, num_splits=3),
                        fae.AttentionConfig(block_q=4096, block_kv=4096), fae.AttentionConfig.for_device("h100")):  # fmt: skip
-            out = fae.flash_attention(inputs.q, inputs.k, inputs.v, causal=True, config=config, backend=backend)
+            out = fae.flash_attention(
+                inputs.q, inputs.k, inputs.v, causal=True, config=config, backend=backend
+            )
             torch.testing.assert_close(out, expected)
 
     def test_scale_and_backend_come_from_the_config_unless_given(self):
         q, k, v = qkv(1, 9, 2, 8)
         config = fae.AttentionConfig(softmax_scale=0.1, backend="portable")
         assert torch.equal(
-            fae.flash_attention(q, k, v, config=config), fae.flash_attention(q, k, v, scale=0.1, backend="portable")
+            fae.flash_attention(q, k, v, config=config),
+            fae.flash_attention(q, k, v, scale=0.1, backend="portable"),
         )
-        torch.testing.assert_close(fae.flash_attention(q, k, v, scale=0.7, config=config), fae.flash_attention(q, k, v, scale=0.7))
+        torch.testing.assert_close(
+            fae.flash_attention(q, k, v, scale=0.7, config=config), fae.flash_attention(q, k, v, scale=0.7)
+        )
         assert fae.explain(q, k, v, config=config).backend == "portable"
         assert fae.explain(q, k, v, config=config, backend="cpu").backend == "cpu"
 
@@ -242,7 +257,9 @@ class TestModule:
         seen, bias = torch.rand(2, 1, 9, 12) < 0.7, torch.randn(4, 9, 12)
         expected = fae.flash_attention(q, k, v, scale=0.3)
         assert torch.equal(attention(q, k, v), expected)
-        assert torch.equal(attention(q, k, v, causal=True), fae.flash_attention(q, k, v, causal=True, scale=0.3))
+        assert torch.equal(
+            attention(q, k, v, causal=True), fae.flash_attention(q, k, v, causal=True, scale=0.3)
+        )
         assert torch.equal(attention(q, k, v, mask=seen), fae.flash_attention(q, k, v, mask=seen, scale=0.3))
         assert torch.equal(attention(q, k, v, bias), fae.flash_attention(q, k, v, bias=bias, scale=0.3))
 
@@ -321,10 +338,16 @@ class TestChoosing:
     def test_batch_invariant_bits(self, cpu_target):
         """Independent of the batch size and of how queries are chunked."""
         for dtype in (torch.float32, torch.bfloat16):
-            q, k, v = (torch.randn(3, n, 2, 64, generator=torch.Generator().manual_seed(1)).to(dtype) for n in (200, 300, 300))
+            q, k, v = (
+                torch.randn(3, n, 2, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+                for n in (200, 300, 300)
+            )
             whole = fae.flash_attention(q, k, v, batch_invariant=True)
             for b in range(3):
-                assert torch.equal(fae.flash_attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], batch_invariant=True), whole[b : b + 1])
+                assert torch.equal(
+                    fae.flash_attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], batch_invariant=True),
+                    whole[b : b + 1],
+                )
             for start in (0, 1, 64, 131):
                 part = fae.flash_attention(q[:, start : start + 67], k, v, batch_invariant=True)
                 assert torch.equal(part, whole[:, start : start + 67]), start

@@ -66,7 +66,9 @@ def extra_bytes(
 ) -> int:
     """Peak resident bytes beyond inputs and outputs of one call in a fresh process."""
     arguments = json.dumps([seq_q or seq, seq, heads, dim, backward, backend, causal, option, dtype])
-    done = subprocess.run([sys.executable, "-c", MEASURE, arguments], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, arguments], capture_output=True, text=True, timeout=600
+    )
     if "the peak could not be reset" in done.stderr:
         pytest.skip("this kernel does not let a process reset its peak")
     assert done.returncode == 0, done.stderr

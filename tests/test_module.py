@@ -198,9 +198,23 @@ def test_introspection():
 
 def desc(q, k, v, **changes):
     def one(t):
-        return None if t is None else (tuple(t.shape), tuple(t.stride()), str(t.dtype).removeprefix("torch."), "cpu")
+        return (
+            None
+            if t is None
+            else (tuple(t.shape), tuple(t.stride()), str(t.dtype).removeprefix("torch."), "cpu")
+        )
 
-    options = dict(mask=None, bias=None, kv_lengths=None, out=None, layout=0, causal=0, window=(-1, -1), scale=None, softcap=0.0)
+    options = dict(
+        mask=None,
+        bias=None,
+        kv_lengths=None,
+        out=None,
+        layout=0,
+        causal=0,
+        window=(-1, -1),
+        scale=None,
+        softcap=0.0,
+    )
     return {"q": one(q), "k": one(k), "v": one(v), **{**options, **changes}}
 
 

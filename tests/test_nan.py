@@ -25,7 +25,9 @@ HIDING = {
     "top-left": Case("top-left", causal="top_left"),
     "window": Case("window", window=(4, 3)),
     "window-causal": Case("window-causal", window=(9, None), causal=True),
-    "all": Case("all", mask="b11k", bias="1hqk", bias_neg_inf=True, lengths=(60, 13), causal=True, window=(30, 0)),
+    "all": Case(
+        "all", mask="b11k", bias="1hqk", bias_neg_inf=True, lengths=(60, 13), causal=True, window=(30, 0)
+    ),
     "softcap": Case("softcap", mask="b1qk", softcap=3.0, lengths=(66, 50)),
 }
 BASE = dict(batch=2, heads=(4, 2), seq=(45, 70), dim=(20, 24))
@@ -156,7 +158,9 @@ def test_rows_at_finfo_min_as_torch_has_them(target):
 
 
 def test_fully_hidden_rows(target):
-    case = Case("blind", heads=(4, 2), seq=(70, 33), dim=(16, 16), causal=True)  # the first 37 rows see nothing
+    case = Case(
+        "blind", heads=(4, 2), seq=(70, 33), dim=(16, 16), causal=True
+    )  # the first 37 rows see nothing
     inputs = build(case, torch.float32)
     got = run(inputs, target.backend)
     assert torch.equal(got["out"][:, :37], torch.zeros(1, 37, 4, 16))

@@ -41,7 +41,9 @@ def op_arguments(name: str, case: Case, dtype=torch.float32, grad=False) -> tupl
         return (*qkv, *extras, *options(case), True)
     if name == "attention_forward_out":
         return (*qkv, torch.empty_like(x.dout), *extras, *options(case), True)
-    assert name in ("attention_backward", "portable_backward"), f"no arguments for the operator {name}: add them here"
+    assert name in ("attention_backward", "portable_backward"), (
+        f"no arguments for the operator {name}: add them here"
+    )
     forward = getattr(torch.ops.flash_attn_ext, name.replace("backward", "forward"))
     with torch.no_grad():
         out, lse = forward(*qkv, *extras, *options(case), True)
@@ -94,8 +96,8 @@ def compiled_inputs(seq_q, seq_kv, grad=True, batch=2):
 @pytest.mark.parametrize("engine", ["eager", "aot_eager", "inductor"])
 def test_compile_with_dynamic_shapes_equals_eager(engine):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=engine)
-    graphs = torch._dynamo.utils.counters["stats"]
     for sizes in [(9, 13), (21, 8), (33, 40)]:
         inputs = compiled_inputs(*sizes)
         results = []
@@ -105,7 +107,7 @@ def test_compile_with_dynamic_shapes_equals_eager(engine):
             results.append([out, lse, *torch.autograd.grad(out.square().sum() + seen.sum(), inputs)])
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    assert graphs["unique_graphs"] <= 2, "recompiled for a new length"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "recompiled for a new length"
 
 
 def test_compile_without_grad():

@@ -16,7 +16,18 @@ STEADY = settings(
     derandomize=True, deadline=None, max_examples=60, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
-RECIPES = ["dense", "transposed", "d_slow", "step2", "rows2", "offset", "padded", "overlap", "expand0", "expand3"]
+RECIPES = [
+    "dense",
+    "transposed",
+    "d_slow",
+    "step2",
+    "rows2",
+    "offset",
+    "padded",
+    "overlap",
+    "expand0",
+    "expand3",
+]
 BASE = dict(batch=2, heads=(4, 2), seq=(45, 70), dim=(20, 24))
 
 
@@ -81,7 +92,9 @@ def test_gradcheck(case, target):
 def assert_near(a: torch.Tensor, b: torch.Tensor, what: str = ""):
     """Equal up to rounding in a different order, in units of the larger result."""
     loose = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}[a.dtype]
-    torch.testing.assert_close(a, b, rtol=0, atol=loose * max(1.0, float(b.abs().max())), equal_nan=True, msg=what or None)
+    torch.testing.assert_close(
+        a, b, rtol=0, atol=loose * max(1.0, float(b.abs().max())), equal_nan=True, msg=what or None
+    )
 
 
 def call(inputs, target, **changes):
@@ -100,7 +113,9 @@ class TestPairs:
         order = torch.randperm(70, generator=torch.Generator().manual_seed(1))
         out, lse = call(inputs, target)
         changed = dict(k=inputs.k[:, order], v=inputs.v[:, order])
-        out2, lse2 = call(inputs, target, mask=inputs.mask[..., order], bias=inputs.bias[..., order], **changed)
+        out2, lse2 = call(
+            inputs, target, mask=inputs.mask[..., order], bias=inputs.bias[..., order], **changed
+        )
         assert_near(out2, out)
         assert_near(lse2[lse.isfinite()], lse[lse.isfinite()])
 
@@ -167,8 +182,12 @@ class TestPairs:
             for o, l in ((out2, lse2), (out3, lse3)):
                 assert_near(o, out, str(as_option))
                 assert torch.equal(l == float("-inf"), lse == float("-inf"))
-                assert_near(l[l.isfinite()], lse[lse.isfinite()], str(as_option)) if l.isfinite().any() else None
-        assert torch.equal(call(inputs, target, causal=True)[0], call(inputs, target, causal="bottom_right")[0])
+                assert_near(
+                    l[l.isfinite()], lse[lse.isfinite()], str(as_option)
+                ) if l.isfinite().any() else None
+        assert torch.equal(
+            call(inputs, target, causal=True)[0], call(inputs, target, causal="bottom_right")[0]
+        )
 
     def test_lengths_are_a_mask_and_a_shorter_call(self, target, dtype):
         inputs = build(Case("lengths", **BASE), dtype)
@@ -220,7 +239,9 @@ class TestPairs:
         for cut in (0, 1, 31, 64, 70):
             parts = []
             for keys in (slice(0, cut), slice(cut, 70)):
-                parts += call(inputs, target, k=inputs.k[:, keys], v=inputs.v[:, keys], mask=inputs.mask[..., keys])
+                parts += call(
+                    inputs, target, k=inputs.k[:, keys], v=inputs.v[:, keys], mask=inputs.mask[..., keys]
+                )
             merged, merged_lse = fae.merge_states(*parts)
             assert merged.dtype == dtype
             assert_near(merged, out)
@@ -238,13 +259,17 @@ def test_any_split_merges(target, seq, cut, causal, seed):
     """merge_states and its gradients, at any cut: top-left bands do not move when keys are cut off at the end."""
     inputs = build(Case(f"split-{seed}", heads=(2, 1), seq=seq, dim=(8, 8)), torch.float64)
     leaves = [t.detach().requires_grad_() for t in (inputs.q, inputs.k, inputs.v)]
-    mask = torch.arange(seq[1]) <= torch.arange(seq[0])[:, None] if causal else torch.ones(seq, dtype=torch.bool)
+    mask = (
+        torch.arange(seq[1]) <= torch.arange(seq[0])[:, None] if causal else torch.ones(seq, dtype=torch.bool)
+    )
     kwargs = dict(return_lse=True, backend=target.backend)
     whole = fae.flash_attention(*leaves, causal=causal, **kwargs)
     cut = min(cut, seq[1])
     halves = []
     for keys in (slice(0, cut), slice(cut, None)):
-        halves += fae.flash_attention(leaves[0], leaves[1][:, keys], leaves[2][:, keys], mask=mask[:, keys], **kwargs)
+        halves += fae.flash_attention(
+            leaves[0], leaves[1][:, keys], leaves[2][:, keys], mask=mask[:, keys], **kwargs
+        )
     merged = fae.merge_states(*halves)
     for a, b in zip(merged, whole, strict=True):
         torch.testing.assert_close(a, b)

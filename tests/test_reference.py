@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 from cases import CASES, build
@@ -40,7 +41,8 @@ def test_agrees_with_torch():
         attend(q, k, v, layout="bhsd", mask=mask).out, F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     )
     torch.testing.assert_close(
-        attend(q, k, v, layout="bhsd", causal="top_left").out, F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        attend(q, k, v, layout="bhsd", causal="top_left").out,
+        F.scaled_dot_product_attention(q, k, v, is_causal=True),
     )
 
 
@@ -77,10 +79,11 @@ def test_hidden_values_are_not_read():
         torch.testing.assert_close(getattr(clean, name), getattr(dirty, name))
 
 
-def test_the_rule_catches_one_ulp_too_many():
+def test_the_rule_catches_one_ulp_too_many(monkeypatch):
+    monkeypatch.setattr(reference, "LUCK", {})
     want = torch.tensor([1.0, 1.5], dtype=torch.float64)
-    ok = want.float() * (1 + 3 * torch.finfo(torch.float32).eps)
-    bad = want.float() * (1 + 5 * torch.finfo(torch.float32).eps)
+    ok = want.float() + 4 * torch.finfo(torch.float32).eps
+    bad = want.float() + 5 * torch.finfo(torch.float32).eps
     assert complaint("x", ok, want) is None
     assert "error" in complaint("x", bad, want)
     assert complaint("x", bad, want, relative_error(bad, want)) is None

@@ -67,7 +67,17 @@ def test_against_torch(shapes, causal, dtype, cpu_target):
     compare(inputs(shapes, dtype), is_causal=causal)
 
 
-MASKS = [(33, 47), (1, 47), (33, 1), (4, 33, 47), (4, 1, 47), (2, 1, 33, 47), (2, 4, 33, 47), (2, 1, 1, 47), (1, 1)]
+MASKS = [
+    (33, 47),
+    (1, 47),
+    (33, 1),
+    (4, 33, 47),
+    (4, 1, 47),
+    (2, 1, 33, 47),
+    (2, 4, 33, 47),
+    (2, 1, 1, 47),
+    (1, 1),
+]
 
 
 @pytest.mark.parametrize("shape", MASKS, ids=str)
@@ -99,7 +109,9 @@ def test_fully_masked_rows_are_zero_as_in_torch(cpu_target):
     q, k, v = inputs(SHAPES[0])
     mask = torch.ones(33, 47, dtype=torch.bool)
     mask[5:9] = False
-    ours, theirs = (f(q, k, v, attn_mask=mask) for f in (fae.scaled_dot_product_attention, F.scaled_dot_product_attention))
+    ours, theirs = (
+        f(q, k, v, attn_mask=mask) for f in (fae.scaled_dot_product_attention, F.scaled_dot_product_attention)
+    )
     assert torch.equal(ours[..., 5:9, :], torch.zeros(2, 4, 4, 16))
     torch.testing.assert_close(ours, theirs)
 
@@ -165,7 +177,9 @@ def test_strided_inputs():
 def test_keyword_only_arguments_are_torchs():
     q, k, v = (x.detach() for x in inputs(SHAPES[0]))
     expected = F.scaled_dot_product_attention(q, k, v, None, 0.0, True, scale=0.5)
-    torch.testing.assert_close(fae.scaled_dot_product_attention(q, k, v, None, 0.0, True, scale=0.5), expected)
+    torch.testing.assert_close(
+        fae.scaled_dot_product_attention(q, k, v, None, 0.0, True, scale=0.5), expected
+    )
     same = fae.scaled_dot_product_attention(
         query=q, key=k, value=v, attn_mask=None, dropout_p=0.0, is_causal=True, scale=0.5, enable_gqa=False
     )
@@ -193,10 +207,16 @@ BAD = {
     "key-dim": (dict(key=torch.randn(2, 4, 47, 8)), r"key.*\(2, 4, 47, 8\)"),
     "value-seq": (dict(value=torch.randn(2, 4, 46, 16)), r"value.*\(2, 4, 46, 16\)"),
     "value-dtype": (dict(value=torch.randn(2, 4, 47, 16).double()), "value.*float64"),
-    "query-rank": (dict(query=torch.randn(16), key=torch.randn(16), value=torch.randn(16)), r"query.*\(16,\)"),
+    "query-rank": (
+        dict(query=torch.randn(16), key=torch.randn(16), value=torch.randn(16)),
+        r"query.*\(16,\)",
+    ),
     "query-type": (dict(query=[1.0]), "query.*list"),
     "heads-without-gqa": (dict(query=torch.randn(2, 8, 33, 16)), r"key.*\(2, 4, 47, 16\)|enable_gqa"),
-    "heads-ratio": (dict(query=torch.randn(2, 6, 33, 16), enable_gqa=True), r"\(2, 4, 47, 16\)|\(2, 6, 33, 16\)"),
+    "heads-ratio": (
+        dict(query=torch.randn(2, 6, 33, 16), enable_gqa=True),
+        r"\(2, 4, 47, 16\)|\(2, 6, 33, 16\)",
+    ),
     "int": (dict(query=torch.ones(2, 4, 33, 16, dtype=torch.int32)), "query.*int32"),
 }
 

@@ -57,7 +57,9 @@ def test_gradients(options):
         q, k, v = (x.requires_grad_() for x in qkv_seeded())
         if inside:
             with fae.use_flash_attention(strict=True):
-                out, ours, _ = watched(lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v, **options))
+                out, ours, _ = watched(
+                    lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v, **options)
+                )
             assert ours == 1
         else:
             out = F.scaled_dot_product_attention(q, k, v, **options)
@@ -79,7 +81,9 @@ def test_multihead_attention(training, masked):
     padding = torch.arange(11) >= torch.tensor([[11], [7], [3]])
     options = dict(need_weights=False)
     if masked:
-        options.update(key_padding_mask=padding, attn_mask=torch.ones(11, 11, dtype=torch.bool).triu(1), is_causal=False)
+        options.update(
+            key_padding_mask=padding, attn_mask=torch.ones(11, 11, dtype=torch.bool).triu(1), is_causal=False
+        )
     expected = module(x, x, x, **options)[0]
     with fae.use_flash_attention():
         out, ours, _ = watched(lambda: module(x, x, x, **options)[0])
@@ -125,12 +129,10 @@ def test_transformer_encoder_in_inference():
 
 def test_exceptions_pass_through_and_leave_nothing_behind():
     q, k, v = qkv(2, 4, 9, 8)
-    with pytest.raises(KeyError, match="mine"):
-        with fae.use_flash_attention():
-            raise KeyError("mine")
-    with pytest.raises((ValueError, TypeError)):
-        with fae.use_flash_attention(strict=True):
-            F.scaled_dot_product_attention(q, k[..., :4], v)
+    with pytest.raises(KeyError, match="mine"), fae.use_flash_attention():
+        raise KeyError("mine")
+    with pytest.raises((ValueError, TypeError)), fae.use_flash_attention(strict=True):
+        F.scaled_dot_product_attention(q, k[..., :4], v)
     assert watched(lambda: F.scaled_dot_product_attention(q, k, v))[1] == 0
     with fae.use_flash_attention():
         assert watched(lambda: F.scaled_dot_product_attention(q, k, v))[1] == 1
@@ -157,7 +159,9 @@ def test_other_threads_are_not_affected():
     q, k, v = qkv(2, 4, 9, 8)
     counts = []
     with fae.use_flash_attention():
-        t = threading.Thread(target=lambda: counts.append(watched(lambda: F.scaled_dot_product_attention(q, k, v))[1]))
+        t = threading.Thread(
+            target=lambda: counts.append(watched(lambda: F.scaled_dot_product_attention(q, k, v))[1])
+        )
         t.start()
         t.join()
         counts.append(watched(lambda: F.scaled_dot_product_attention(q, k, v))[1])

@@ -14,8 +14,8 @@ std::string shape_text(const int64_t* shape, int64_t rank) {
 }
 
 CallError too_many_axes(const char* name, const int64_t* shape, int64_t rank) {
-  return {CallError::Kind::kValue,
-          std::string(name) + " has shape " + shape_text(shape, rank) + ", but must have at most 4 dimensions"};
+  return {CallError::Kind::kValue, std::string(name) + " has shape " + shape_text(shape, rank) +
+                                       ", but must have at most 4 dimensions"};
 }
 
 std::optional<CallError> set_layout_and_causal(CallDesc* call, int64_t layout, int64_t causal) {

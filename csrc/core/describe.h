@@ -30,9 +30,9 @@ struct TensorDesc {
 };
 
 struct CallDesc {
-  TensorDesc q, k, v;  // rank 4, 3 (no batch) or 2 (one head, no batch), in `layout`
-  TensorDesc mask;     // bool, broadcastable to (batch, heads_q, seq_q, seq_kv)
-  TensorDesc bias;     // floating, same
+  TensorDesc q, k, v;     // rank 4, 3 (no batch) or 2 (one head, no batch), in `layout`
+  TensorDesc mask;        // bool, broadcastable to (batch, heads_q, seq_q, seq_kv)
+  TensorDesc bias;        // floating, same
   TensorDesc kv_lengths;  // (batch,) int32 or int64
   TensorDesc out;         // optional preallocated result
   Layout layout = Layout::kBshd;

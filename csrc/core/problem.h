@@ -54,7 +54,8 @@ FAE_HD inline bool is_visible(const Problem& p, int64_t b, int64_t head_q, int64
   }
   const View4& bias = p.score.bias;
   if (!bias.present()) return true;
-  const double x = load_as_double(bias.data, p.score.bias_dtype, bias.offset(b, head_q, i) + j * bias.stride[3]);
+  const double x =
+      load_as_double(bias.data, p.score.bias_dtype, bias.offset(b, head_q, i) + j * bias.stride[3]);
   return !(x < 0 && x - x != 0);  // -inf hides
 }
 
@@ -73,14 +74,14 @@ struct ForwardCall {
 
 struct BackwardCall {
   Problem problem;
-  View4 out;                  // (batch, heads_q, seq_q, dim_v): the forward result
-  View4 dout;                 // same shape
-  const void* lse = nullptr;  // (batch, heads_q, seq_q) contiguous, in lse_dtype()
-  const void* dlse = nullptr; // same shape, or none
-  View4 dq;                   // (batch, heads_q, seq_q, dim)
-  View4 dk;                   // (batch, heads_kv, seq_kv, dim)
-  View4 dv;                   // (batch, heads_kv, seq_kv, dim_v)
-  View4 dbias;                // bias's own shape (stride 0 where it broadcasts), score.bias_dtype; or none
+  View4 out;                   // (batch, heads_q, seq_q, dim_v): the forward result
+  View4 dout;                  // same shape
+  const void* lse = nullptr;   // (batch, heads_q, seq_q) contiguous, in lse_dtype()
+  const void* dlse = nullptr;  // same shape, or none
+  View4 dq;                    // (batch, heads_q, seq_q, dim)
+  View4 dk;                    // (batch, heads_kv, seq_kv, dim)
+  View4 dv;                    // (batch, heads_kv, seq_kv, dim_v)
+  View4 dbias;                 // bias's own shape (stride 0 where it broadcasts), score.bias_dtype; or none
   int64_t dbias_shape[4] = {0, 0, 0, 0};
 };
 

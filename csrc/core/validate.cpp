@@ -16,9 +16,7 @@ struct Named {
   const TensorDesc* tensor;
 };
 
-std::string quoted(const Named& t) {
-  return std::string(t.name) + " has shape " + shape_text(*t.tensor);
-}
+std::string quoted(const Named& t) { return std::string(t.name) + " has shape " + shape_text(*t.tensor); }
 
 std::string dtype_text(const TensorDesc& t) {
   return t.dtype == DType::kOther && t.dtype_name ? t.dtype_name : name_of(t.dtype);
@@ -34,8 +32,8 @@ std::optional<CallError> check_ranks(const CallDesc& call) {
   const int rank = call.q.rank;
   if (rank < 2 || rank > 4) {
     return CallError{Kind::kValue, quoted({"q", &call.q}) + ", but must have 2, 3 or 4 dimensions: " +
-                                       layout_text(4, call.layout) + ", " + layout_text(3, call.layout) + " or " +
-                                       layout_text(2, call.layout)};
+                                       layout_text(4, call.layout) + ", " + layout_text(3, call.layout) +
+                                       " or " + layout_text(2, call.layout)};
   }
   for (const Named& t : {Named{"k", &call.k}, Named{"v", &call.v}, Named{"out", &call.out}}) {
     if (t.tensor->present && t.tensor->rank != rank) {
@@ -62,10 +60,12 @@ std::optional<CallError> check_dtypes(const CallDesc& call) {
                                       ", but must be bool (True = may attend); additive masks go to bias"};
   }
   if (call.bias.present && !is_floating(call.bias.dtype)) {
-    return CallError{Kind::kType, "bias has dtype " + dtype_text(call.bias) +
-                                      ", but must be float16, bfloat16, float32 or float64; bool masks go to mask"};
+    return CallError{Kind::kType,
+                     "bias has dtype " + dtype_text(call.bias) +
+                         ", but must be float16, bfloat16, float32 or float64; bool masks go to mask"};
   }
-  if (call.kv_lengths.present && call.kv_lengths.dtype != DType::kInt32 && call.kv_lengths.dtype != DType::kInt64) {
+  if (call.kv_lengths.present && call.kv_lengths.dtype != DType::kInt32 &&
+      call.kv_lengths.dtype != DType::kInt64) {
     return CallError{Kind::kType,
                      "kv_lengths has dtype " + dtype_text(call.kv_lengths) + ", but must be int32 or int64"};
   }
@@ -74,8 +74,9 @@ std::optional<CallError> check_dtypes(const CallDesc& call) {
 
 std::optional<CallError> check_devices(const CallDesc& call) {
   const std::string device = call.q.device;
-  for (const Named& t : {Named{"k", &call.k}, Named{"v", &call.v}, Named{"mask", &call.mask},
-                         Named{"bias", &call.bias}, Named{"kv_lengths", &call.kv_lengths}, Named{"out", &call.out}}) {
+  for (const Named& t :
+       {Named{"k", &call.k}, Named{"v", &call.v}, Named{"mask", &call.mask}, Named{"bias", &call.bias},
+        Named{"kv_lengths", &call.kv_lengths}, Named{"out", &call.out}}) {
     if (t.tensor->present && device != t.tensor->device) {
       return CallError{Kind::kValue, std::string(t.name) + " is on device " + t.tensor->device +
                                          ", but must be on q's device " + device};
@@ -90,8 +91,8 @@ std::optional<CallError> check_shapes(const CallDesc& call) {
   const Axes4 v = attention_axes(call.v, call.layout);
   const std::string in_layout = std::string(" in layout ") + layout_text(call.q.rank, call.layout);
   const auto differs = [&](const Named& t, const char* axis, const Named& from) {
-    return CallError{Kind::kValue, quoted(t) + in_layout + ", but its " + axis + " must equal that of " + from.name +
-                                       ", which has shape " + shape_text(*from.tensor)};
+    return CallError{Kind::kValue, quoted(t) + in_layout + ", but its " + axis + " must equal that of " +
+                                       from.name + ", which has shape " + shape_text(*from.tensor)};
   };
   const Named nq{"q", &call.q}, nk{"k", &call.k}, nv{"v", &call.v};
   if (k.shape[0] != q.shape[0]) return differs(nk, "batch", nq);
@@ -101,9 +102,10 @@ std::optional<CallError> check_shapes(const CallDesc& call) {
   if (v.shape[2] != k.shape[2]) return differs(nv, "sequence length", nk);
   const int64_t heads_q = q.shape[1], heads_kv = k.shape[1];
   if (heads_kv == 0 ? heads_q != 0 : heads_q % heads_kv != 0) {
-    return CallError{Kind::kValue, "q has " + std::to_string(heads_q) + " heads (shape " + shape_text(call.q) +
-                                       "), but the number must be a multiple of the " + std::to_string(heads_kv) +
-                                       " heads of k (shape " + shape_text(call.k) + ")"};
+    return CallError{Kind::kValue, "q has " + std::to_string(heads_q) + " heads (shape " +
+                                       shape_text(call.q) + "), but the number must be a multiple of the " +
+                                       std::to_string(heads_kv) + " heads of k (shape " + shape_text(call.k) +
+                                       ")"};
   }
   for (const auto& [t, dim] : {std::pair{nq, q.shape[3]}, std::pair{nv, v.shape[3]}}) {
     if (dim < 1 || dim > kMaxDim) {
@@ -125,8 +127,9 @@ std::optional<CallError> check_broadcast(const Named& t, const int64_t full[4]) 
   TensorDesc scores;
   scores.rank = 4;
   for (int i = 0; i < 4; ++i) scores.shape[i] = full[i];
-  return CallError{Kind::kValue, quoted(t) + ", but must be broadcastable to (batch, heads_q, seq_q, seq_kv) = " +
-                                     shape_text(scores)};
+  return CallError{
+      Kind::kValue,
+      quoted(t) + ", but must be broadcastable to (batch, heads_q, seq_q, seq_kv) = " + shape_text(scores)};
 }
 
 std::optional<CallError> check_out(const CallDesc& call) {
@@ -135,17 +138,20 @@ std::optional<CallError> check_out(const CallDesc& call) {
   wanted.shape[wanted.rank - 1] = call.v.shape[call.v.rank - 1];
   for (int i = 0; i < wanted.rank; ++i) {
     if (call.out.shape[i] != wanted.shape[i]) {
-      return CallError{Kind::kValue, quoted({"out", &call.out}) + ", but must have shape " + shape_text(wanted)};
+      return CallError{Kind::kValue,
+                       quoted({"out", &call.out}) + ", but must have shape " + shape_text(wanted)};
     }
   }
   if (overlaps_itself(call.out)) {
     TensorDesc strides = call.out;
     for (int i = 0; i < strides.rank; ++i) strides.shape[i] = strides.stride[i];
-    return CallError{Kind::kValue, quoted({"out", &call.out}) + " and strides " + shape_text(strides) +
-                                       ", so that several of its elements share memory; it must have none that do"};
+    return CallError{Kind::kValue,
+                     quoted({"out", &call.out}) + " and strides " + shape_text(strides) +
+                         ", so that several of its elements share memory; it must have none that do"};
   }
-  for (const Named& t : {Named{"q", &call.q}, Named{"k", &call.k}, Named{"v", &call.v}, Named{"mask", &call.mask},
-                         Named{"bias", &call.bias}, Named{"kv_lengths", &call.kv_lengths}}) {
+  for (const Named& t :
+       {Named{"q", &call.q}, Named{"k", &call.k}, Named{"v", &call.v}, Named{"mask", &call.mask},
+        Named{"bias", &call.bias}, Named{"kv_lengths", &call.kv_lengths}}) {
     if (t.tensor->present && share_memory(call.out, *t.tensor)) {
       return CallError{Kind::kValue, quoted({"out", &call.out}) + " and overlaps the memory of " + t.name +
                                          ", but must not overlap any input"};
@@ -164,8 +170,8 @@ std::optional<CallError> check_options(const CallDesc& call) {
     return CallError{Kind::kValue, "scale is " + std::to_string(*call.scale) + ", but must be finite"};
   }
   if (!std::isfinite(call.softcap) || call.softcap < 0) {
-    return CallError{Kind::kValue,
-                     "softcap is " + std::to_string(call.softcap) + ", but must be finite and at least 0 (0 = none)"};
+    return CallError{Kind::kValue, "softcap is " + std::to_string(call.softcap) +
+                                       ", but must be finite and at least 0 (0 = none)"};
   }
   return std::nullopt;
 }
@@ -178,12 +184,14 @@ std::optional<CallError> validate(const CallDesc& call) {
   if (auto e = check_devices(call)) return e;
   if (auto e = check_shapes(call)) return e;
   const Axes4 q = attention_axes(call.q, call.layout);
-  const int64_t scores[4] = {q.shape[0], q.shape[1], q.shape[2], attention_axes(call.k, call.layout).shape[2]};
+  const int64_t scores[4] = {q.shape[0], q.shape[1], q.shape[2],
+                             attention_axes(call.k, call.layout).shape[2]};
   if (auto e = check_broadcast({"mask", &call.mask}, scores)) return e;
   if (auto e = check_broadcast({"bias", &call.bias}, scores)) return e;
   if (call.kv_lengths.present && (call.kv_lengths.rank != 1 || call.kv_lengths.shape[0] != scores[0])) {
-    return CallError{Kind::kValue, quoted({"kv_lengths", &call.kv_lengths}) + ", but must have shape (batch,) = (" +
-                                       std::to_string(scores[0]) + ",)"};
+    return CallError{Kind::kValue, quoted({"kv_lengths", &call.kv_lengths}) +
+                                       ", but must have shape (batch,) = (" + std::to_string(scores[0]) +
+                                       ",)"};
   }
   if (auto e = check_options(call)) return e;
   return check_out(call);

@@ -23,18 +23,18 @@ Isa active_isa();
 // What a call will do: chosen from the problem before anything runs.
 struct Plan {
   Isa isa = Isa::kScalar;
-  const char* kernel = "";     // "f32", "bf16_dot", "f64", ...
-  int register_rows = 0;       // micro-kernel tile, rows x columns
+  const char* kernel = "";  // "f32", "bf16_dot", "f64", ...
+  int register_rows = 0;    // micro-kernel tile, rows x columns
   int register_cols = 0;
-  int64_t block_q = 0;         // packed query rows per task
-  int64_t block_kv = 0;        // keys packed at a time
-  int64_t tasks = 0;           // per round
-  int64_t chunks = 1;          // backward: row chunks per K/V head that work side by side
+  int64_t block_q = 0;   // packed query rows per task
+  int64_t block_kv = 0;  // keys packed at a time
+  int64_t tasks = 0;     // per round
+  int64_t chunks = 1;    // backward: row chunks per K/V head that work side by side
   int threads = 1;
-  size_t worker_bytes = 0;     // workspace of one worker
-  size_t shared_bytes = 0;     // workspace shared by all workers
-  double flops = 0;            // matrix-product FLOPs of visible tiles
-  double bytes = 0;            // compulsory traffic: inputs read once, outputs written once
+  size_t worker_bytes = 0;  // workspace of one worker
+  size_t shared_bytes = 0;  // workspace shared by all workers
+  double flops = 0;         // matrix-product FLOPs of visible tiles
+  double bytes = 0;         // compulsory traffic: inputs read once, outputs written once
   size_t workspace_bytes() const { return worker_bytes * size_t(threads) + shared_bytes; }
 };
 

@@ -23,8 +23,8 @@ void run_heads(const BackwardCall& call, const Plan& plan, const BackwardKernel&
 // to its dQ rows block after block, and a block's dK and dV are summed chunk after chunk;
 // a task that comes too early for that waits for one that was drawn before it, so the
 // order of every sum is fixed and nothing can wait for ever.
-void run_chunks(const BackwardCall& call, const Plan& plan, const BackwardKernel& kernel, std::byte* workspace,
-                std::byte* shared, const Executor& executor) {
+void run_chunks(const BackwardCall& call, const Plan& plan, const BackwardKernel& kernel,
+                std::byte* workspace, std::byte* shared, const Executor& executor) {
   const Problem& p = call.problem;
   const int64_t units = plan.tasks / plan.chunks, last = plan.chunks - 1;
   const int64_t blocks = (p.seq_kv + plan.block_kv - 1) / plan.block_kv;

@@ -34,8 +34,8 @@ struct BiasGradKernel {
 
 // How a kernel computes one dtype.
 struct KernelInfo {
-  const char* name;       // "f32", "bf16_dot", ...
-  int element_bytes;      // of packed operands
+  const char* name;   // "f32", "bf16_dot", ...
+  int element_bytes;  // of packed operands
   int accumulator_bytes;
   int register_rows;
   int register_cols;

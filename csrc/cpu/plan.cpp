@@ -86,7 +86,8 @@ Plan plan_forward(const Problem& p, Isa isa, int threads) {
   // that packing the keys shows.
   const int64_t most = fitting(kRowBytes, row_bytes, info.register_rows, 768);
   const int64_t wanted_tiles = plan.threads == 1 ? 1 : ceil_div(6 * plan.threads, units);
-  const int64_t tiles = std::max(ceil_div(rows, most), std::min(wanted_tiles, ceil_div(rows, 16 * info.register_rows)));
+  const int64_t tiles =
+      std::max(ceil_div(rows, most), std::min(wanted_tiles, ceil_div(rows, 16 * info.register_rows)));
   plan.block_q = round_up(ceil_div(rows, tiles), info.register_rows);
   plan.tasks = units * ceil_div(rows, plan.block_q);
   plan.threads = int(std::min<int64_t>(plan.threads, plan.tasks));
@@ -123,7 +124,8 @@ Plan plan_backward(const Problem& p, Isa isa, int threads) {
   plan.tasks = units * plan.chunks;
   BackwardCall call;
   call.problem = p;
-  plan.worker_bytes = std::max(kernels.backward.workspace(call, plan), kernels.bias_grad.workspace(call, plan));
+  plan.worker_bytes =
+      std::max(kernels.backward.workspace(call, plan), kernels.bias_grad.workspace(call, plan));
   if (plan.chunks > 1) {
     plan.shared_bytes = size_t(units) * kernels.backward.dq_bytes(p) +
                         size_t(2 * units) * kernels.backward.dkv_bytes(p, plan);

@@ -165,7 +165,8 @@ void pack_operand(SourceRows<S> src, int64_t n, int64_t depth, typename P::Opera
       const int columns = int(depth - d < kPiece ? depth - d : kPiece);
       const int stored = int(ld - d < kPiece ? ld - d : kPiece);
       const S* p = src.data + r * src.row + d * src.column;
-      if constexpr (P::kPair == 2) P::store_lanes_n(dst + r * ld + d, load_pairs<P>(p, src.column, columns), stored);
+      if constexpr (P::kPair == 2)
+        P::store_lanes_n(dst + r * ld + d, load_pairs<P>(p, src.column, columns), stored);
       else V::store_n(dst + r * ld + d, load_row<V>(p, src.column, columns), stored);
     }
   }
@@ -177,7 +178,8 @@ void clear_packed_row(typename P::Operand* dst, int64_t depth, int64_t n, int64_
   constexpr int64_t kStep = kPanel<P> * P::kPair;
   const int64_t steps = round_up(depth, P::kPair) / P::kPair;
   for (int64_t c = 0; c < n; ++c) {
-    dst[(c / kPanel<P>)*steps * kStep + (k / P::kPair) * kStep + (c % kPanel<P>)*P::kPair + k % P::kPair] = {};
+    dst[(c / kPanel<P>)*steps * kStep + (k / P::kPair) * kStep + (c % kPanel<P>)*P::kPair + k % P::kPair] =
+        {};
   }
 }
 

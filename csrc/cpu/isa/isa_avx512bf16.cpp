@@ -11,10 +11,9 @@ namespace fae::cpu {
 
 const KernelTable& avx512bf16_kernels() {
   using namespace avx512bf16;
-  static const KernelTable table = {{avx512_kernels().dtype[int(DType::kFloat16)],
-                                     dtype_kernels<Bf16DotProduct, BFloat16>("bf16_dot"),
-                                     avx512_kernels().dtype[int(DType::kFloat32)],
-                                     avx512_kernels().dtype[int(DType::kFloat64)]}};
+  static const KernelTable table = {
+      {avx512_kernels().dtype[int(DType::kFloat16)], dtype_kernels<Bf16DotProduct, BFloat16>("bf16_dot"),
+       avx512_kernels().dtype[int(DType::kFloat32)], avx512_kernels().dtype[int(DType::kFloat64)]}};
   return table;
 }
 

@@ -28,7 +28,7 @@
 #define FAE_TARGET_END FAE_PRAGMA(clang attribute pop)
 #else
 // GCC's own intrinsics leave "undefined" operands uninitialised on purpose.
-#define FAE_TARGET_BEGIN(features)                             \
+#define FAE_TARGET_BEGIN(features)                           \
   FAE_PRAGMA(GCC diagnostic ignored "-Wuninitialized")       \
   FAE_PRAGMA(GCC diagnostic ignored "-Wmaybe-uninitialized") \
   FAE_PRAGMA(GCC push_options) FAE_PRAGMA(GCC target(features))

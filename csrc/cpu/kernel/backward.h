@@ -119,7 +119,8 @@ class Backward : private ScoreGrad<P, S> {
     special_keys_ = 0;
     if (!pack_rows<P>(this->rows_of(p_.k, this->head_kv_, k), k_end - k, p_.dim, k_rows_)) {
       special_keys_ = find_special_rows(this->rows_of(p_.k, this->head_kv_, k), k_end - k, p_.dim, special_);
-      for (int64_t i = 0; i < special_keys_; ++i) clear_packed_row<P>(k_rows_, k_end - k, p_.dim, special_[i]);
+      for (int64_t i = 0; i < special_keys_; ++i)
+        clear_packed_row<P>(k_rows_, k_end - k, p_.dim, special_[i]);
     }
     for (int64_t row = begin; row < end; row += plan_.block_q) {
       accumulate_rows(row, row + plan_.block_q < end ? row + plan_.block_q : end);
@@ -148,10 +149,10 @@ class Backward : private ScoreGrad<P, S> {
       }
       const bool seen = this->compute_tile(r, rows, s, ds, plan_.block_kv, true, &range);
       if (!seen) range = {0, 0, 0};
-      clear_outside(rows, s, ds, range);
+      [[maybe_unused]] const KeyRange written = clear_outside(rows, s, ds, seen, range);
       const Operand* row_gradients;
       if constexpr (P::kPair > 1) {
-        interleave_tile(r, rows);
+        interleave_tile(r, rows, written);
         row_gradients = tile_gradients_;
       } else {
         row_gradients = ds;
@@ -163,9 +164,9 @@ class Backward : private ScoreGrad<P, S> {
       if (special_keys_) add_special_keys(begin + r, rows, row_gradients);
     }
     if (used.empty()) return;
-    const int64_t steps = round_up(n, P::kPair) / P::kPair;
-    add_to_keys(used, steps, gradients_, q_rows_, dim_padded_, dkv_);
-    add_to_keys(used, steps, probabilities_, dout_rows_, dim_v_padded_, dkv_ + plan_.block_kv * dim_padded_);
+    add_to_keys(used, begin, n, gradients_, q_rows_, dim_padded_, dkv_);
+    add_to_keys(used, begin, n, probabilities_, dout_rows_, dim_v_padded_,
+                dkv_ + plan_.block_kv * dim_padded_);
     if (special_queries_) {
       add_special_queries(p_.q, begin, used, special_ + plan_.block_kv, special_queries_, gradients_, p_.dim,
                           dim_padded_, dkv_);
@@ -177,7 +178,8 @@ class Backward : private ScoreGrad<P, S> {
   }
 
   // Packs query rows [begin, begin + n) of x as panels; returns the number of special rows.
-  int64_t pack_row_panels(const View4& x, int64_t begin, int64_t n, int64_t columns, Operand* dst, int64_t* special) {
+  int64_t pack_row_panels(const View4& x, int64_t begin, int64_t n, int64_t columns, Operand* dst,
+                          int64_t* special) {
     bool finite = true;
     for (int64_t r = 0; r < n; r += P::kPair) {
       const int count = int(n - r < P::kPair ? n - r : P::kPair);
@@ -199,25 +201,33 @@ class Backward : private ScoreGrad<P, S> {
     return this->rows_of(x, at.head, at.query);
   }
 
-  // Zeroes what compute_tile left unwritten of the columns that dK and dV will read.
-  void clear_outside(int rows, Real* s, Real* ds, const TileRange& range) {
+  // Zeroes what compute_tile left unwritten of the columns that dK and dV will read:
+  // add_to_keys leaves out rows by the band, whole register tiles and pairs of rows at a
+  // time, so a row is read up to two tiles past the keys that it sees. Returns those columns.
+  KeyRange clear_outside(int rows, Real* s, Real* ds, bool seen, const TileRange& range) {
+    constexpr int64_t kMargin = (2 * kRows + V::kWidth - 1) / V::kWidth * V::kWidth;
+    const int64_t after = range.first + range.columns;
+    KeyRange read{0, plan_.block_kv};
+    if (seen && range.first > kMargin) read.begin = range.first - kMargin;
+    if (seen && after + kMargin < read.end) read.end = after + kMargin;
     for (int i = 0; i < rows; ++i) {
-      clear(s + i * plan_.block_kv, range.first);
-      clear(ds + i * plan_.block_kv, range.first);
-      const int64_t after = range.first + range.columns;
-      clear(s + i * plan_.block_kv + after, plan_.block_kv - after);
-      clear(ds + i * plan_.block_kv + after, plan_.block_kv - after);
+      for (Real* row : {s + i * plan_.block_kv, ds + i * plan_.block_kv}) {
+        clear(row + read.begin, range.first - read.begin);
+        clear(row + after, read.end - after);
+      }
     }
+    return read;
   }
 
-  // P and dS of a tile as operands: [row pair][key][2] for dV and dK, [row][key] for dQ.
-  void interleave_tile(int64_t r, int rows) {
+  // The given columns of P and dS of a tile as operands: [row pair][key][2] for dV and dK,
+  // [row][key] for dQ.
+  void interleave_tile(int64_t r, int rows, const KeyRange& columns) {
     const int64_t ld = plan_.block_kv;
     for (int i = 0; i < rows; i += 2) {
       const bool odd = i + 1 < rows;
       Operand* p = probabilities_ + (r + i) * ld;
       Operand* ds = gradients_ + (r + i) * ld;
-      for (int64_t j = 0; j < ld; j += V::kWidth) {
+      for (int64_t j = columns.begin; j < columns.end; j += V::kWidth) {
         const auto ds_even = V::load(tile_ds_ + i * ld + j);
         const auto ds_odd = odd ? V::load(tile_ds_ + (i + 1) * ld + j) : V::zero();
         P::store_interleaved(p + 2 * j, V::load(tile_s_ + i * ld + j),
@@ -243,14 +253,25 @@ class Backward : private ScoreGrad<P, S> {
   }
 
   // sums[key] += weights^T rows for the used keys; weights is [steps][block_kv][kPair].
-  void add_to_keys(const KeyRange& used, int64_t steps, const Operand* weights, const Operand* rows, int64_t columns,
-                   Real* sums) {
-    for (int64_t c = 0; c < columns; c += kPanel<P>) {
-      for (int64_t key = used.begin; key < used.end; key += kRows) {
+  // Rows that see none of a tile's keys hold zeros there and are left out.
+  void add_to_keys(const KeyRange& used, int64_t row_begin, int64_t row_count, const Operand* weights,
+                   const Operand* rows, int64_t columns, Real* sums) {
+    const int64_t steps = round_up(row_count, P::kPair) / P::kPair;
+    for (int64_t key = used.begin; key < used.end; key += kRows) {
+      const int keys = int(used.end - key < kRows ? used.end - key : kRows);
+      const KeyRange queries =
+          seeing_queries(p_.masking.band, p_.seq_q, k_begin_ + key, k_begin_ + key + keys);
+      const int64_t begin = queries.begin * p_.group() - row_begin,
+                    end = queries.end * p_.group() - row_begin;
+      const int64_t first = begin > 0 ? begin / P::kPair : 0;
+      const int64_t last = end < row_count ? round_up(end, P::kPair) / P::kPair : steps;
+      if (first >= last) continue;
+      for (int64_t c = 0; c < columns; c += kPanel<P>) {
         multiply_tile<P, Update::kAdd>(
-            int(used.end - key < kRows ? used.end - key : kRows), vectors_in(columns - c),
-            {steps, weights + key * P::kPair, P::kPair, plan_.block_kv * P::kPair,
-             rows + c / kPanel<P> * steps * kStep, kStep, sums + key * columns + c, columns, nullptr});
+            keys, vectors_in(columns - c),
+            {last - first, weights + (first * plan_.block_kv + key) * P::kPair, P::kPair,
+             plan_.block_kv * P::kPair, rows + (c / kPanel<P> * steps + first) * kStep, kStep,
+             sums + key * columns + c, columns, nullptr});
       }
     }
   }
@@ -272,19 +293,21 @@ class Backward : private ScoreGrad<P, S> {
       const SourceRows<S> key = this->rows_of(p_.k, this->head_kv_, k_begin_ + special_[i]);
       for (int j = 0; j < rows; ++j) {
         if (!sees(row + j, k_begin_ + special_[i])) continue;
-        add_special_row(Real(to_float(gradients[j * plan_.block_kv + special_[i]])), key.data, key.column, p_.dim,
-                        dq_ + (row + j) * dim_padded_);
+        add_special_row(Real(to_float(gradients[j * plan_.block_kv + special_[i]])), key.data, key.column,
+                        p_.dim, dq_ + (row + j) * dim_padded_);
       }
     }
   }
 
-  void add_special_queries(const View4& x, int64_t begin, const KeyRange& used, const int64_t* special, int64_t count,
-                           const Operand* weights, int64_t columns, int64_t padded, Real* sums) {
+  void add_special_queries(const View4& x, int64_t begin, const KeyRange& used, const int64_t* special,
+                           int64_t count, const Operand* weights, int64_t columns, int64_t padded,
+                           Real* sums) {
     for (int64_t i = 0; i < count; ++i) {
       const SourceRows<S> row = query_row(x, begin + special[i]);
       for (int64_t key = used.begin; key < used.end; ++key) {
         if (!sees(begin + special[i], k_begin_ + key)) continue;
-        add_special_row(weight_at(weights, special[i], key), row.data, row.column, columns, sums + key * padded);
+        add_special_row(weight_at(weights, special[i], key), row.data, row.column, columns,
+                        sums + key * padded);
       }
     }
   }
@@ -306,7 +329,8 @@ class Backward : private ScoreGrad<P, S> {
       S* dk = static_cast<S*>(call_.dk.data) + call_.dk.offset(this->b_, this->head_kv_, k + j);
       S* dv = static_cast<S*>(call_.dv.data) + call_.dv.offset(this->b_, this->head_kv_, k + j);
       store_scaled(dk, call_.dk.stride[3], dkv + j * dim_padded_, p_.dim, scale);
-      store_scaled(dv, call_.dv.stride[3], dkv + plan_.block_kv * dim_padded_ + j * dim_v_padded_, p_.dim_v, one);
+      store_scaled(dv, call_.dv.stride[3], dkv + plan_.block_kv * dim_padded_ + j * dim_v_padded_, p_.dim_v,
+                   one);
     }
   }
 
@@ -319,11 +343,11 @@ class Backward : private ScoreGrad<P, S> {
 
   int64_t dim_padded_, dim_v_padded_;
   int64_t chunk_begin_ = 0, chunk_end_ = 0;
-  Real* dq_ = nullptr;    // [packed_rows][dim_padded], then delta [packed_rows]
-  Real* dkv_ = nullptr;   // [block_kv][dim_padded], then [block_kv][dim_v_padded]
-  Operand* k_rows_;       // panels of dim columns, depth block_kv
-  Operand* q_rows_;       // panels of dim columns, depth block_q
-  Operand* dout_rows_;    // panels of dim_v columns, depth block_q
+  Real* dq_ = nullptr;      // [packed_rows][dim_padded], then delta [packed_rows]
+  Real* dkv_ = nullptr;     // [block_kv][dim_padded], then [block_kv][dim_v_padded]
+  Operand* k_rows_;         // panels of dim columns, depth block_kv
+  Operand* q_rows_;         // panels of dim columns, depth block_q
+  Operand* dout_rows_;      // panels of dim_v columns, depth block_q
   Operand* probabilities_;  // [block_q / kPair][block_kv][kPair]
   Operand* gradients_;      // same
   Real* tile_s_ = nullptr;  // [kRows][block_kv], where operands are narrower than scores

@@ -55,8 +55,8 @@ class BiasGrad : private ScoreGrad<P, S> {
         for (int64_t k = keys.begin; k < keys.end; k += plan_.block_kv) add_block(queries, k, keys.end);
       }
     }
-    store(batch, head, sum_queries_ ? 0 : queries.begin, sum_queries_ ? 1 : queries.end, sum_keys_ ? 0 : keys.begin,
-          sum_keys_ ? 1 : keys.end);
+    store(batch, head, sum_queries_ ? 0 : queries.begin, sum_queries_ ? 1 : queries.end,
+          sum_keys_ ? 0 : keys.begin, sum_keys_ ? 1 : keys.end);
   }
 
  private:
@@ -95,7 +95,8 @@ class BiasGrad : private ScoreGrad<P, S> {
       return;
     }
     Real* sums = sums_ + sum_row * plan_.block_kv + range.first;
-    for (int64_t j = 0; j < range.columns; j += V::kWidth) V::store(sums + j, V::add(V::load(sums + j), V::load(ds + j)));
+    for (int64_t j = 0; j < range.columns; j += V::kWidth)
+      V::store(sums + j, V::add(V::load(sums + j), V::load(ds + j)));
   }
 
   void store(int64_t batch, int64_t head, int64_t q_begin, int64_t q_end, int64_t k_begin, int64_t k_end) {

@@ -130,8 +130,8 @@ class Forward {
       const int vecs = int((columns - c < kPanel<P> ? columns - c : kPanel<P>) / V::kWidth);
       multiply_tile<P, Update::kStore>(
           rows, vecs,
-          {depth, q_ + row * dim_padded_, dim_padded_, P::kPair, k_ + (first + c) / kPanel<P> * depth * kStep, kStep,
-           scores_ + c, plan_.block_kv, nullptr});
+          {depth, q_ + row * dim_padded_, dim_padded_, P::kPair, k_ + (first + c) / kPanel<P> * depth * kStep,
+           kStep, scores_ + c, plan_.block_kv, nullptr});
     }
 
     const ScoreTile<V> tile{scores_, plan_.block_kv, k_begin + first, keys, columns, refs, rows};
@@ -152,25 +152,24 @@ class Forward {
     const int64_t block_steps = round_up(block_keys_, P::kPair) / P::kPair;
     for (int64_t c = 0; c < dim_v_padded_; c += kPanel<P>) {
       const int vecs = int((dim_v_padded_ - c < kPanel<P> ? dim_v_padded_ - c : kPanel<P>) / V::kWidth);
-      multiply_tile<P, Update::kScaleAdd>(
-          rows, vecs,
-          {steps, probabilities, plan_.block_kv, P::kPair,
-           v_ + (c / kPanel<P> * block_steps + first / P::kPair) * kStep, kStep, acc_ + row * dim_v_padded_ + c,
-           dim_v_padded_, alpha});
+      multiply_tile<P, Update::kScaleAdd>(rows, vecs,
+                                          {steps, probabilities, plan_.block_kv, P::kPair,
+                                           v_ + (c / kPanel<P> * block_steps + first / P::kPair) * kStep,
+                                           kStep, acc_ + row * dim_v_padded_ + c, dim_v_padded_, alpha});
     }
     if (special_count_) add_special_values(row, rows, refs, probabilities, k_begin, first, keys);
   }
 
-  void add_special_values(int64_t row, int rows, const RowRef* refs, const Operand* probabilities, int64_t k_begin,
-                          int64_t first, int64_t keys) {
+  void add_special_values(int64_t row, int rows, const RowRef* refs, const Operand* probabilities,
+                          int64_t k_begin, int64_t first, int64_t keys) {
     for (int64_t i = 0; i < special_count_; ++i) {
       const int64_t key = k_begin + special_[i], j = special_[i] - first;
       if (j < 0 || j >= keys) continue;
       const SourceRows<S> value = rows_of(p_.v, head_kv_, key);
       for (int r = 0; r < rows; ++r) {
         if (!is_visible(p_, b_, refs[r].head, refs[r].query, key)) continue;
-        add_special_row(Real(to_float(probabilities[r * plan_.block_kv + j])), value.data, value.column, p_.dim_v,
-                        acc_ + (row + r) * dim_v_padded_);
+        add_special_row(Real(to_float(probabilities[r * plan_.block_kv + j])), value.data, value.column,
+                        p_.dim_v, acc_ + (row + r) * dim_v_padded_);
       }
     }
   }
@@ -204,20 +203,20 @@ class Forward {
 
   // One task's state.
   int64_t b_ = 0, head_kv_ = 0, row_begin_ = 0, row_end_ = 0, kv_length_ = 0;
-  Operand* q_;           // [block_q][dim_padded]
-  Real* acc_;            // [block_q][dim_v_padded], unnormalised output
-  Real* max_;            // [block_q]
-  Real* sum_;            // [block_q]
+  Operand* q_;  // [block_q][dim_padded]
+  Real* acc_;   // [block_q][dim_v_padded], unnormalised output
+  Real* max_;   // [block_q]
+  Real* sum_;   // [block_q]
   // One K/V block.
   int64_t block_keys_ = 0;
-  Operand* k_;           // panels of block_kv columns, depth dim
-  Operand* v_;           // panels of dim_v columns, depth block_kv
-  int64_t* special_;     // [block_kv] keys whose value row is not finite
+  Operand* k_;        // panels of block_kv columns, depth dim
+  Operand* v_;        // panels of dim_v columns, depth block_kv
+  int64_t* special_;  // [block_kv] keys whose value row is not finite
   int64_t special_count_ = 0;
   // One register tile.
-  Real* scores_;                     // [kRows][block_kv]
-  Operand* probabilities_ = nullptr; // [kRows][block_kv] where operands are narrower than scores
-  Real* scratch_;                    // [block_kv]
+  Real* scores_;                      // [kRows][block_kv]
+  Operand* probabilities_ = nullptr;  // [kRows][block_kv] where operands are narrower than scores
+  Real* scratch_;                     // [block_kv]
 };
 
 }  // namespace fae::cpu::FAE_ISA_NAMESPACE

@@ -50,9 +50,7 @@ class ScoreGrad {
 
   // The keys of a register tile that its rows may see: columns [first, first + keys) of
   // the block, padded to whole vectors.
-  struct TileRange {
-    int64_t first, keys, columns;
-  };
+  struct TileRange { int64_t first, keys, columns; };
 
   ScoreGrad(const BackwardCall& call, const Plan& plan, std::byte* base)
       : call_(call), p_(call.problem), plan_(plan), scale_(call.problem.score), arena_(base) {
@@ -125,15 +123,16 @@ class ScoreGrad {
         const RowRef at = ref(row + i);
         pack_operand<P>(rows_of(call_.out, at.head, at.query), 1, p_.dim_v, tile_rows_ + i * dim_v_operand_);
       }
-      pack_transposed<P>(SourceRows<Operand>{tile_rows_, dim_v_operand_, 1}, rows, dim_v_operand_, tile_columns_);
+      pack_transposed<P>(SourceRows<Operand>{tile_rows_, dim_v_operand_, 1}, rows, dim_v_operand_,
+                         tile_columns_);
       for (int i = 0; i < rows; ++i) {
         const RowRef at = ref(row + i);
         pack_operand<P>(rows_of(call_.dout, at.head, at.query), 1, p_.dim_v, tile_rows_ + i * dim_v_operand_);
       }
       Real products[kRows * kPanel<P>];
-      multiply_tile<P, Update::kStore>(rows, (rows + V::kWidth - 1) / V::kWidth,
-                                       {steps, tile_rows_, dim_v_operand_, P::kPair, tile_columns_, kStep, products,
-                                        kPanel<P>, nullptr});
+      multiply_tile<P, Update::kStore>(
+          rows, (rows + V::kWidth - 1) / V::kWidth,
+          {steps, tile_rows_, dim_v_operand_, P::kPair, tile_columns_, kStep, products, kPanel<P>, nullptr});
       for (int i = 0; i < rows; ++i) delta[row - begin + i] = products[i * kPanel<P> + i];
     }
   }
@@ -141,7 +140,8 @@ class ScoreGrad {
   // P into s and dS into ds, both [rows][ld], for the tile of rows [row, row + rows) of
   // the loaded ones against the loaded keys; false when no key is seen. Columns outside
   // `range` are not written. dS is taken before the softcap when `before_softcap`.
-  bool compute_tile(int64_t row, int rows, Real* s, Real* ds, int64_t ld, bool before_softcap, TileRange* range) {
+  bool compute_tile(int64_t row, int rows, Real* s, Real* ds, int64_t ld, bool before_softcap,
+                    TileRange* range) {
     RowRef refs[kRows];
     for (int i = 0; i < rows; ++i) refs[i] = ref(row_begin_ + row + i);
     const int64_t q_begin = refs[0].query, q_end = refs[rows - 1].query + 1;
@@ -162,15 +162,15 @@ class ScoreGrad {
     multiply_columns(q_ + row * dim_operand_, dim_operand_, k_columns_, rows, *range, s, ld);
     multiply_columns(dout_ + row * dim_v_operand_, dim_v_operand_, v_columns_, rows, *range, ds, ld);
 
-    const bool partial = classify(p_.masking.band, kv_length_, q_begin, q_end, k_begin_ + first, end) !=
-                         TileClass::kFull;
+    const bool partial =
+        classify(p_.masking.band, kv_length_, q_begin, q_end, k_begin_ + first, end) != TileClass::kFull;
     const ScoreTile<V> tile{s + first, ld, k_begin_ + first, keys, columns, refs, rows};
     Real* slope = before_softcap ? slope_ : nullptr;
     finish_scores<V>(p_, b_, kv_length_, partial, masked, tile, scratch_, slope, plan_.block_kv);
     for (int i = 0; i < rows; ++i) {
-      score_gradient_row<P>(tile.s + i * ld, ds + first + i * ld, slope ? slope + i * plan_.block_kv : nullptr,
-                            columns, scale_.natural, lse_[row + i], lse_low_[row + i], delta_[row + i],
-                            dlse_[row + i]);
+      score_gradient_row<P>(tile.s + i * ld, ds + first + i * ld,
+                            slope ? slope + i * plan_.block_kv : nullptr, columns, scale_.natural,
+                            lse_[row + i], lse_low_[row + i], delta_[row + i], dlse_[row + i]);
     }
     return true;
   }
@@ -200,14 +200,15 @@ class ScoreGrad {
 
  private:
   // c[rows][first .. first + columns) = a b
-  void multiply_columns(const Operand* a, int64_t depth, const Operand* b, int rows, const TileRange& range, Real* c,
-                        int64_t ld) {
+  void multiply_columns(const Operand* a, int64_t depth, const Operand* b, int rows, const TileRange& range,
+                        Real* c, int64_t ld) {
     const int64_t steps = depth / P::kPair;
     for (int64_t j = 0; j < range.columns; j += kPanel<P>) {
       const int64_t left = range.columns - j;
-      multiply_tile<P, Update::kStore>(rows, int((left < kPanel<P> ? left : kPanel<P>) / V::kWidth),
-                                       {steps, a, depth, P::kPair, b + (range.first + j) / kPanel<P> * steps * kStep,
-                                        kStep, c + range.first + j, ld, nullptr});
+      multiply_tile<P, Update::kStore>(
+          rows, int((left < kPanel<P> ? left : kPanel<P>) / V::kWidth),
+          {steps, a, depth, P::kPair, b + (range.first + j) / kPanel<P> * steps * kStep, kStep,
+           c + range.first + j, ld, nullptr});
     }
   }
 };

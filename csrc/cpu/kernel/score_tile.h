@@ -37,8 +37,8 @@ struct ScoreScale {
 };
 
 // What a tile of the bool mask says about (rows) x (keys), without reading scores.
-inline TileClass classify_mask(const View4& mask, int64_t b, const RowRef* rows, int row_count, int64_t k_begin,
-                               int64_t k_end) {
+inline TileClass classify_mask(const View4& mask, int64_t b, const RowRef* rows, int row_count,
+                               int64_t k_begin, int64_t k_end) {
   bool any_visible = false, any_hidden = false;
   const uint8_t* previous = nullptr;
   for (int r = 0; r < row_count && !(any_visible && any_hidden); ++r) {
@@ -89,9 +89,8 @@ const typename V::Elem* bias_row(const View4& bias, DType dtype, int64_t offset,
       const auto* p = static_cast<const uint16_t*>(bias.data) + offset;
       for (int64_t j = 0; j < n; j += V::kWidth) {
         const int lanes = int(n - j < V::kWidth ? n - j : V::kWidth);
-        const auto x = dtype == DType::kBFloat16
-                           ? V::load_n(reinterpret_cast<const BFloat16*>(p) + j, lanes)
-                           : V::load_n(reinterpret_cast<const Float16*>(p) + j, lanes);
+        const auto x = dtype == DType::kBFloat16 ? V::load_n(reinterpret_cast<const BFloat16*>(p) + j, lanes)
+                                                 : V::load_n(reinterpret_cast<const Float16*>(p) + j, lanes);
         V::store_n(scratch + j, x, lanes);
       }
       return scratch;

@@ -45,7 +45,9 @@ struct BiasGradFunctions {
   static size_t workspace(const BackwardCall& call, const Plan& plan) {
     return BiasGrad<P, S>(call, plan, nullptr).bytes();
   }
-  static int64_t tasks(const BackwardCall& call, const Plan& plan) { return BiasGrad<P, S>::tasks(call, plan); }
+  static int64_t tasks(const BackwardCall& call, const Plan& plan) {
+    return BiasGrad<P, S>::tasks(call, plan);
+  }
   static void run(const BackwardCall& call, const Plan& plan, int64_t task, std::byte* workspace) {
     BiasGrad<P, S>(call, plan, workspace).run(task);
   }
@@ -56,10 +58,11 @@ constexpr DTypeKernels dtype_kernels(const char* name) {
   using V = typename P::Vec;
   using B = BackwardFunctions<P, S>;
   using D = BiasGradFunctions<P, S>;
-  return {{name, int(sizeof(typename P::Operand)), int(sizeof(typename V::Elem)), V::kTileRows, int(kPanel<P>)},
-          {&forward_workspace<P, S>, &forward_task<P, S>},
-          {&B::workspace, &B::dq_bytes, &B::dkv_bytes, &B::run_head, &B::run_chunk, &B::merge_keys},
-          {&D::workspace, &D::tasks, &D::run}};
+  return {
+      {name, int(sizeof(typename P::Operand)), int(sizeof(typename V::Elem)), V::kTileRows, int(kPanel<P>)},
+      {&forward_workspace<P, S>, &forward_task<P, S>},
+      {&B::workspace, &B::dq_bytes, &B::dkv_bytes, &B::run_head, &B::run_chunk, &B::merge_keys},
+      {&D::workspace, &D::tasks, &D::run}};
 }
 
 }  // namespace fae::cpu::FAE_ISA_NAMESPACE

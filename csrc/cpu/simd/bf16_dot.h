@@ -36,8 +36,9 @@ struct Bf16DotProduct {
   static FAE_INLINE void store_interleaved(BFloat16* p, Reg even, Reg odd) {
     const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
     // Word order 0, 16, 1, 17, ...: even's 16 results lie below odd's.
-    alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    alignas(64) static const uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                   21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                   11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_load_si512(order), halves));
   }
   static FAE_INLINE __mmask32 first(int n) { return n >= 32 ? 0xffffffffu : (1u << n) - 1u; }

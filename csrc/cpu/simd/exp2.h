@@ -19,8 +19,13 @@ FAE_INLINE typename V::Reg horner(typename V::Reg x, const typename V::Elem* coe
 template <class V>
 FAE_INLINE typename V::Reg exp2_polynomial(typename V::Reg f) {
   if constexpr (sizeof(typename V::Elem) == 4) {
-    constexpr float c[] = {1.0f,           0.6931472028555155f,    0.2402264791358508f,   0.05550332470110194f,
-                           0.009618437359738564f, 0.0013398874829603454f, 0.000153533622493863f};
+    constexpr float c[] = {1.0f,
+                           0.6931472028555155f,
+                           0.2402264791358508f,
+                           0.05550332470110194f,
+                           0.009618437359738564f,
+                           0.0013398874829603454f,
+                           0.000153533622493863f};
     return horner<V>(f, c, 6);
   } else {
     constexpr double c[] = {1.0,

@@ -85,7 +85,8 @@ struct F32 {
   static FAE_INLINE Mask bytes_set(const uint8_t* p, int n) {
     uint64_t bytes = 0;
     if (n == kWidth) memcpy(&bytes, p, 8);
-    else for (int i = 0; i < n; ++i) bytes |= uint64_t(p[i]) << (8 * i);
+    else
+      for (int i = 0; i < n; ++i) bytes |= uint64_t(p[i]) << (8 * i);
     const __m256i lanes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(bytes)));
     return _mm256_castsi256_ps(_mm256_cmpgt_epi32(lanes, _mm256_setzero_si256()));
   }
@@ -96,7 +97,8 @@ struct F32 {
     const Reg clamped = max(smallest, x);
     const Reg n = _mm256_round_ps(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const Reg p = exp2_polynomial<F32>(sub(clamped, n));
-    const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    const __m256i power =
+        _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     const Reg kept = _mm256_cmp_ps(x, smallest, _CMP_NLT_UQ);
     return _mm256_and_ps(mul(p, _mm256_castsi256_ps(power)), kept);
   }

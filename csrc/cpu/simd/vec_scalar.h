@@ -33,14 +33,16 @@ struct ArrayVec {
     return r;
   }
   template <class S>
-  static FAE_INLINE void store(S* p, Reg r) { store_n(p, r, kLanes); }
+  static FAE_INLINE void store(S* p, Reg r) {
+    store_n(p, r, kLanes);
+  }
   template <class S>
   static FAE_INLINE void store_n(S* p, Reg r, int n) {
     for (int i = 0; i < n; ++i) p[i] = from_double<S>(double(r.lane[i]));
   }
 
-#define FAE_LANES(type, result, expression)           \
-  type result;                                        \
+#define FAE_LANES(type, result, expression)                       \
+  type result;                                                    \
   for (int i = 0; i < kLanes; ++i) result.lane[i] = (expression); \
   return result
   static FAE_INLINE Reg add(Reg a, Reg b) { FAE_LANES(Reg, r, a.lane[i] + b.lane[i]); }
@@ -48,7 +50,9 @@ struct ArrayVec {
   static FAE_INLINE Reg mul(Reg a, Reg b) { FAE_LANES(Reg, r, a.lane[i] * b.lane[i]); }
   static FAE_INLINE Reg div(Reg a, Reg b) { FAE_LANES(Reg, r, a.lane[i] / b.lane[i]); }
   static FAE_INLINE Reg fma(Reg a, Reg b, Reg c) { FAE_LANES(Reg, r, a.lane[i] * b.lane[i] + c.lane[i]); }
-  static FAE_INLINE Reg max(Reg a, Reg b) { FAE_LANES(Reg, r, a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]); }
+  static FAE_INLINE Reg max(Reg a, Reg b) {
+    FAE_LANES(Reg, r, a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]);
+  }
   static FAE_INLINE Mask less(Reg a, Reg b) { FAE_LANES(Mask, m, a.lane[i] < b.lane[i]); }
   static FAE_INLINE Mask equal(Reg a, Reg b) { FAE_LANES(Mask, m, a.lane[i] == b.lane[i]); }
   static FAE_INLINE Reg select(Mask m, Reg a, Reg b) { FAE_LANES(Reg, r, m.lane[i] ? a.lane[i] : b.lane[i]); }
