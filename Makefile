@@ -18,7 +18,7 @@ PY := $(ENV)/bin/python
 STAMPS := $(ENV)/.flash_attn_ext
 CXX_SOURCES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' 2>/dev/null)
 
-.PHONY: setup build demo test bench test-abi test-aarch64 lint format clean
+.PHONY: setup build demo test bench test-abi test-aarch64 test-sanitize lint format clean
 .DEFAULT_GOAL := setup
 
 $(PY):
@@ -68,6 +68,10 @@ test-abi: $(STAMPS)/dev
 # The NEON kernels: cross-compiled, run under user-mode emulation.
 test-aarch64:
 	tests/cpp/run_aarch64.sh $(AARCH64_ARGS)
+
+# The C++ tests under the address and undefined-behaviour sanitizers.
+test-sanitize:
+	tests/cpp/run_sanitize.sh $(SANITIZE_ARGS)
 
 lint: $(STAMPS)/dev
 	$(PY) -m ruff check .

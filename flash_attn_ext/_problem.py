@@ -45,8 +45,9 @@ def lse_dtype(q: Tensor) -> torch.dtype:
 
 
 def kernel_lse_dtype(q: Tensor) -> torch.dtype:
-    """What the CPU operators keep for the backward pass; see lse_dtype in csrc/core/problem.h."""
-    return torch.float64 if q.dtype in (torch.float32, torch.float64) else torch.float32
+    """What the operators keep for backward; see lse_dtype in csrc/core/problem.h. MPS has no float64."""
+    wide = q.dtype == torch.float64 or (q.dtype == torch.float32 and q.device.type != "mps")
+    return torch.float64 if wide else torch.float32
 
 
 def _scores_view(t: Tensor | None, heads: tuple[int, int]) -> Tensor | None:

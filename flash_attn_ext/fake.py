@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import ops
 from ._errors import check_call
-from ._problem import kernel_lse_dtype, lse_dtype, lse_shape
+from ._problem import kernel_lse_dtype, lse_shape
 
 
 def _check(*arguments, out: Tensor | None = None) -> None:
@@ -17,26 +17,20 @@ def _check(*arguments, out: Tensor | None = None) -> None:
         check_call(*arguments, out=out)
 
 
-def _lse(q: Tensor, layout: int, return_lse: bool, dtype: torch.dtype) -> Tensor:
-    return q.new_empty(lse_shape(q, layout) if return_lse else (0,), dtype=dtype)
+def _lse(q: Tensor, layout: int, return_lse: bool) -> Tensor:
+    return q.new_empty(lse_shape(q, layout) if return_lse else (0,), dtype=kernel_lse_dtype(q))
 
 
-def _cpu_forward(q, k, v, mask, bias, kv_lengths, layout, *options):
-    *options, return_lse = options
+def _forward(q, k, v, mask, bias, kv_lengths, layout, *options):
+    options, return_lse = options[:5], options[5]  # for `portable`, block sizes may follow
     _check(q, k, v, mask, bias, kv_lengths, layout, *options)
-    return q.new_empty(*q.shape[:-1], v.shape[-1]), _lse(q, layout, return_lse, kernel_lse_dtype(q))
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), _lse(q, layout, return_lse)
 
 
-def _cpu_forward_out(q, k, v, out, mask, bias, kv_lengths, layout, *options):
+def _forward_out(q, k, v, out, mask, bias, kv_lengths, layout, *options):
     *options, return_lse = options
     _check(q, k, v, mask, bias, kv_lengths, layout, *options, out=out)
-    return _lse(q, layout, return_lse, kernel_lse_dtype(q))
-
-
-def _portable_forward(q, k, v, mask, bias, kv_lengths, layout, *options):
-    options, return_lse = options[:5], options[5]  # then come the block sizes that are not defaults
-    _check(q, k, v, mask, bias, kv_lengths, layout, *options)
-    return q.new_empty(*q.shape[:-1], v.shape[-1]), _lse(q, layout, return_lse, lse_dtype(q))
+    return _lse(q, layout, return_lse)
 
 
 def _backward(dout, dlse, q, k, v, out, lse, mask, bias, *options):
@@ -46,8 +40,8 @@ def _backward(dout, dlse, q, k, v, out, lse, mask, bias, *options):
 
 
 def register() -> None:
-    for operators, forward in ((ops.CPU, _cpu_forward), (ops.PORTABLE, _portable_forward)):
-        torch.library.register_fake(operators.attention, forward)
-        torch.library.register_fake(operators.forward, forward)
+    for operators in (ops.CPU, ops.PORTABLE):
+        torch.library.register_fake(operators.attention, _forward)
+        torch.library.register_fake(operators.forward, _forward)
         torch.library.register_fake(operators.backward, _backward)
-    torch.library.register_fake(ops.forward_out, _cpu_forward_out)
+    torch.library.register_fake(ops.forward_out, _forward_out)

@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 
 from ._errors import check_call
-from ._problem import Problem, contract, heads_first, is_finite, lse_dtype, lse_shape, no_autocast, tile_of
+from ._problem import (
+    Problem,
+    contract,
+    heads_first,
+    is_finite,
+    kernel_lse_dtype,
+    lse_dtype,
+    lse_shape,
+    no_autocast,
+    tile_of,
+)
 
 _TILE_ELEMENTS = 1 << 22  # scores that exist at a time, over all heads
 _BLOCK_KV = 512
@@ -111,7 +121,7 @@ def forward(
     p = Problem.make(*call)
     dtype = lse_dtype(q)
     out = q.new_empty(*q.shape[:-1], v.shape[-1]) if out is None else out
-    lse = q.new_full(lse_shape(q, layout), -math.inf, dtype=dtype)
+    lse = q.new_full(lse_shape(q, layout), -math.inf, dtype=kernel_lse_dtype(q))
     if not p.has_work():
         out.zero_()
         return out, lse if return_lse else lse.new_empty(0)
@@ -121,11 +131,14 @@ def forward(
     v_is_safe = is_finite(p.v)
     with no_autocast(q.device):
         for q0, q1 in tiles.query_blocks():
-            out_rows[..., q0:q1, :], lse_rows[..., q0:q1] = _forward_rows(tiles, q0, q1, v_is_safe)
+            rows = _forward_rows(tiles, q0, q1, v_is_safe, lse.dtype)
+            out_rows[..., q0:q1, :], lse_rows[..., q0:q1] = rows
     return out, lse if return_lse else lse.new_empty(0)
 
 
-def _forward_rows(tiles: _Tiles, q0: int, q1: int, v_is_safe: bool) -> tuple[Tensor, Tensor]:
+def _forward_rows(
+    tiles: _Tiles, q0: int, q1: int, v_is_safe: bool, lse_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     p = tiles.problem
     q = p.q[..., q0:q1, :].to(tiles.dtype)
     row_max = q.new_full((*q.shape[:-1], 1), -math.inf)
@@ -145,7 +158,7 @@ def _forward_rows(tiles: _Tiles, q0: int, q1: int, v_is_safe: bool) -> tuple[Ten
         row_max = new_max
     nothing = row_sum == 0
     out = (acc / row_sum).masked_fill_(nothing, 0)
-    lse = (row_max + row_sum.log()).masked_fill_(nothing, -math.inf)
+    lse = (row_max.to(lse_dtype) + row_sum.to(lse_dtype).log()).masked_fill_(nothing, -math.inf)
     return out, lse.squeeze(-1)
 
 
@@ -219,11 +232,13 @@ def _backward_rows(
     q = p.q[..., q0:q1, :].to(tiles.dtype)
     group = q.shape[2]
     lse = lse.masked_fill(lse == -math.inf, 0)
+    lse_high = lse.to(tiles.dtype)
+    lse_low = (lse - lse_high).to(tiles.dtype)  # what a narrower type loses would show in every weight
     for k0, k1 in tiles.key_blocks(q0, q1):
         tile = (q0, q1, k0, k1)
         k, v = (t[:, :, k0:k1].to(tiles.dtype) for t in (p.k, p.v))
         s, visible, slope = tiles.scores(q, k, tile)
-        weights = s.sub_(lse).exp_()
+        weights = s.sub_(lse_high).sub_(lse_low).exp_()
         ds = _unfold(_fold(dout) @ v.mT, group).sub_(delta).mul_(weights)
         seen = None
         if visible is not None:

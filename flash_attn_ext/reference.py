@@ -71,7 +71,8 @@ def attention(
         q, k, v, mask, bias, kv_lengths, layout, causal, window_left, window_right, scale, softcap
     )
     if not p.has_work():
-        out = q.new_zeros(*q.shape[:-1], v.shape[-1])
+        # Sums over nothing: zeros that autograd knows to depend on the inputs.
+        out = q.new_zeros(*q.shape[:-1], v.shape[-1]) + sum(t[..., :0].sum() for t in (q, k, v))
         return out, q.new_full(lse_shape(q, layout) if return_lse else (0,), -math.inf, dtype=lse_dtype(q))
     with no_autocast(q.device):
         out, lse = _unfused(p, q.dtype, lse_dtype(q) if return_lse else None)

@@ -15,7 +15,7 @@ struct FmaProduct {
   using Vec = V;
   using Operand = typename V::Elem;
   static constexpr int kPair = 1;
-  static constexpr int64_t kLongestSum = 64;
+  static constexpr int64_t kLongestSum = sizeof(Operand) == 8 ? 32 : 64;
 
   static FAE_INLINE typename V::Reg broadcast(const Operand* a) { return V::set1(*a); }
   static FAE_INLINE typename V::Reg load(const Operand* b) { return V::load(b); }
