@@ -209,7 +209,7 @@ def backward(
                 delta = (dout_block * tiles.query_rows(out, q0, q1)).sum(-1, keepdim=True)
                 if dlse is not None:
                     delta -= tiles.query_rows(dlse, q0, q1)
-                lse_block = tiles.query_rows(lse, q0, q1)
+                lse_block = p.rows(lse)[..., q0:q1, :]
                 _backward_rows(tiles, q0, q1, dout_block, lse_block, delta, grads, safe, need_bias_grad)
     dbias = dbias.view(bias.shape).to(bias.dtype) if need_bias_grad else dbias
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dbias

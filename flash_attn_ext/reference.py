@@ -72,8 +72,9 @@ def attention(
     )
     if not p.has_work():
         # Sums over nothing: zeros that autograd knows to depend on the inputs.
-        out = q.new_zeros(*q.shape[:-1], v.shape[-1]) + sum(t[..., :0].sum() for t in (q, k, v))
-        return out, q.new_full(lse_shape(q, layout) if return_lse else (0,), -math.inf, dtype=lse_dtype(q))
+        zero = sum(t[..., :0].sum() for t in (q, k, v))
+        lse = q.new_full(lse_shape(q, layout) if return_lse else (0,), -math.inf, dtype=lse_dtype(q))
+        return q.new_zeros(*q.shape[:-1], v.shape[-1]) + zero, lse + zero
     with no_autocast(q.device):
         out, lse = _unfused(p, q.dtype, lse_dtype(q) if return_lse else None)
     if q.dim() != 2 and layout == LAYOUTS["bshd"]:
