@@ -50,12 +50,28 @@ def shared_symbols(obj: Path, isa: str) -> list[str]:
     return faults
 
 
-@pytest.mark.parametrize("isa", NEWER)
-def test_object_shares_nothing(isa: str) -> None:
+def object_of(isa: str) -> Path:
     obj = OBJECTS / f"isa_{isa}.o"
     if not obj.exists():
         pytest.skip(f"no {obj.relative_to(ROOT)}: the package was not built from this tree")
-    assert shared_symbols(obj, isa) == []
+    return obj
+
+
+@pytest.mark.parametrize("isa", NEWER)
+def test_object_shares_nothing(isa: str) -> None:
+    assert shared_symbols(object_of(isa), isa) == []
+
+
+def run_time_initialisers(obj: Path) -> list[str]:
+    """Symbols of ``obj`` that say that something static is built when the program runs."""
+    nm = subprocess.run(["nm", "-C", obj], check=True, capture_output=True, text=True).stdout
+    return [line for line in nm.splitlines() if re.search(r"guard variable|_GLOBAL__sub_I|cxa_guard", line)]
+
+
+@pytest.mark.parametrize("isa", NEWER)
+def test_object_is_harmless_until_a_kernel_runs(isa: str) -> None:
+    """Tables are read on every processor, so code of the newer instruction set must not build them."""
+    assert run_time_initialisers(object_of(isa)) == []
 
 
 def test_a_standard_template_is_noticed(tmp_path: Path) -> None:
@@ -76,6 +92,15 @@ def test_a_standard_template_is_noticed(tmp_path: Path) -> None:
     assert any("std::vector" in fault for fault in faults)
     assert any("shared(int)" in fault for fault in faults)
     assert not any("grow" in fault for fault in faults)
+
+
+def test_a_table_built_at_run_time_is_noticed(tmp_path: Path) -> None:
+    source = tmp_path / "table.cpp"
+    source.write_text("int f(); int once() { static const int x = f(); return x; }\nconst int early = f();\n")
+    obj = tmp_path / "table.o"
+    subprocess.run([*native.find_compiler().split(), "-fPIC", "-c", source, "-o", obj], check=True)
+    faults = "\n".join(run_time_initialisers(obj))
+    assert "guard variable" in faults and "_GLOBAL__sub_I" in faults
 
 
 def test_compile_flags_name_no_processor() -> None:

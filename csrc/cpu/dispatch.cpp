@@ -28,7 +28,8 @@ bool has_avx512() {
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
-// Best first; a row stands here exactly when its isa/*.cpp is part of the build.
+// Best first, so that a row's ISA includes those below it; a row stands here exactly when its
+// isa/*.cpp is part of the build.
 constexpr IsaRow kIsas[] = {
 #if defined(__x86_64__)
     {Isa::kAvx512Bf16, "avx512bf16", &has_avx512bf16, &avx512bf16_kernels},
@@ -78,8 +79,12 @@ Isa active_isa() {
 }
 
 const DTypeKernels& kernels_for(Isa isa, DType dtype) {
+  bool found = false;
   for (const IsaRow& row : kIsas) {
-    if (row.isa == isa) return row.kernels().dtype[int(dtype)];
+    found = found || row.isa == isa;
+    if (!found) continue;
+    const DTypeKernels& kernels = row.kernels().dtype[int(dtype)];
+    if (kernels.info.name) return kernels;
   }
   throw std::invalid_argument("no kernels for ISA " + std::string(name_of(isa)));
 }

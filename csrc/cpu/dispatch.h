@@ -5,7 +5,7 @@
 
 namespace fae::cpu {
 
-// Requires isa to be among available_isas() and dtype to be floating.
+// Requires dtype to be floating; to run them, isa must be among available_isas().
 const DTypeKernels& kernels_for(Isa isa, DType dtype);
 
 }  // namespace fae::cpu

@@ -49,10 +49,13 @@ struct DTypeKernels {
 };
 
 struct KernelTable {
-  DTypeKernels dtype[4];  // indexed by DType: float16, bfloat16, float32, float64
+  // Indexed by DType: float16, bfloat16, float32, float64. An empty row, without a name, leaves
+  // the dtype to the next ISA of the dispatch table.
+  DTypeKernels dtype[4];
 };
 
-// Defined where the ISA is compiled in; never called elsewhere.
+// Defined where the ISA is compiled in. The tables are constants: one may be read, for what
+// there is, on a processor that could not run the code that would build it.
 const KernelTable& scalar_kernels();
 const KernelTable& avx2_kernels();
 const KernelTable& avx512_kernels();
