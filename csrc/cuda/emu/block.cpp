@@ -1,0 +1,223 @@
+#include "cuda/emu/block.h"
+
+#include <algorithm>
+
+namespace fae::cuda::emu {
+
+constinit thread_local Thread* running = nullptr;
+
+const char* name_of(Op op) {
+  switch (op) {
+    case Op::kRun: return "running";
+    case Op::kWarpBarrier: return "warp_barrier";
+    case Op::kShuffleXor: return "shuffle_xor";
+    case Op::kShuffle: return "shuffle";
+    case Op::kBallot: return "warp_ballot";
+    case Op::kLdmatrix: return "ldmatrix_x4";
+    case Op::kLdmatrixTransposed: return "ldmatrix_x4_transposed";
+    case Op::kMmaF16: return "mma_m16n8k16_f16";
+    case Op::kMmaBf16: return "mma_m16n8k16_bf16";
+    case Op::kMmaTf32: return "mma_m16n8k8_tf32";
+    case Op::kBlockBarrier: return "block_barrier";
+    case Op::kBlockAny: return "block_any";
+    case Op::kExit: return "returned";
+  }
+  return "?";
+}
+
+Thread& running_thread() {
+  if (!running) throw std::logic_error("a CUDA primitive was called outside of emu::launch");
+  return *running;
+}
+
+Block& this_block() { return *running_thread().block; }
+
+int thread_index() { return running_thread().index; }
+int64_t block_index() { return this_block().index; }
+
+void Block::run(int64_t i) {
+  index = i;
+  random.seed(options.seed, uint64_t(i) + 1);
+  // Some blocks let a warp run until it waits for the block, some change at every turn.
+  constexpr uint32_t kStay[] = {0, 128, 240, 256};
+  stay = kStay[random.below(4)];
+  clock.start_block();
+  shared.start_block(uint32_t(1024 + 128 * (options.seed % 8)), config.shared_bytes, options.races, clock);
+  warps = config.threads / kLanes;
+  runnable_warps = warps == kMaxWarps ? ~0u : (1u << warps) - 1;
+  in_barrier = exited = 0;
+  barrier_mixed = any = false;
+  error = nullptr;
+  for (int w = 0; w < warps; ++w) warp[w] = {~0u, 0, false, 0};
+  for (int t = 0; t < config.threads; ++t) {
+    Thread& thread = threads[size_t(t)];
+    thread.block = this;
+    thread.index = t;
+    thread.op = Op::kRun;
+    thread.copies.clear();
+    thread.groups.clear();
+    thread.fiber.prepare(stacks.bottom(t), stacks.top(t), thread_main, stacks_dirty);
+  }
+  stacks_dirty = false;
+  running = pick();
+  launcher.switch_to(running->fiber);
+  running = nullptr;
+  for (int t = 0; t < config.threads; ++t) {
+    for (const AsyncCopy& copy : threads[size_t(t)].copies) shared.drop(copy.dst);
+  }
+  if (error) {
+    stacks_dirty = true;
+    recorder.drop_intervals();
+    std::rethrow_exception(error);
+  }
+  ++instructions().blocks;
+}
+
+void Block::thread_main() {
+  Fiber::entered();
+  Thread& me = *running;
+  Block& block = *me.block;
+  try {
+    block.entry(block.params);
+  } catch (...) {
+    block.error = std::current_exception();
+  }
+  if (!block.error) {
+    me.op = Op::kExit;
+    Warp& w = block.warp[me.warp()];
+    w.runnable &= ~(1u << me.lane());
+    if (!w.runnable) block.runnable_warps &= ~(1u << me.warp());
+    ++block.exited;
+    if (block.options.count && block.exited == block.config.threads) {
+      for (int i = 0; i < block.warps; ++i) block.recorder.finish_interval(i);
+    }
+    try {
+      if (block.exited < block.config.threads) block.resume_next(me);
+    } catch (...) {
+      block.error = std::current_exception();
+    }
+  }
+  me.fiber.switch_to(block.launcher);
+  std::abort();  // nobody resumes a thread that has ended
+}
+
+// The next to run, or null when all wait.
+Thread* Block::pick() {
+  if (!runnable_warps) return nullptr;
+  int w = running ? running->warp() : 0;
+  if (!warp[w].runnable || (random.next() >> 56) >= stay) w = random.bit_of(runnable_warps);
+  return &threads[size_t(w * kLanes + random.bit_of(warp[w].runnable))];
+}
+
+void Block::resume_next(Thread& from) {
+  Thread* const next = pick();
+  if (!next) stuck("deadlock: no thread can go on");
+  if (next == &from) return;
+  running = next;
+  from.fiber.switch_to(next->fiber);
+}
+
+void Block::finish_interval(int warp_index) {
+  if (options.count) recorder.finish_interval(warp_index);
+}
+
+void Block::wait_in_warp(Op op, const Where& where, void* args, Complete complete) {
+  Thread& me = *running;
+  Warp& w = warp[me.warp()];
+  Thread* const lanes = &threads[size_t(me.warp() * kLanes)];
+  me.op = op;
+  me.where = where;
+  me.args = args;
+  if (w.arrived > 0) {
+    // Any lane that waits already is as good as the first: if they differ, `mixed` is set.
+    const Thread& other = lanes[__builtin_ctz(~w.runnable)];
+    if (other.op != op || other.where != where) w.mixed = true;
+  }
+  w.runnable &= ~(1u << me.lane());
+  if (++w.arrived == kLanes) {
+    if (w.mixed) stuck("divergence: the lanes of a warp wait in different operations");
+    finish_interval(me.warp());
+    complete(lanes, *this);
+    w.arrived = 0;
+    w.runnable = ~0u;
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane].op = Op::kRun;
+    runnable_warps |= 1u << me.warp();
+  } else if (!w.runnable) {
+    runnable_warps &= ~(1u << me.warp());
+  }
+  resume_next(me);
+}
+
+bool Block::wait_in_block(Op op, const Where& where, bool value) {
+  Thread& me = *running;
+  Warp& w = warp[me.warp()];
+  me.op = op;
+  me.where = where;
+  const auto waits_elsewhere = [&](const Thread& other) {
+    return (other.op == Op::kBlockBarrier || other.op == Op::kBlockAny) &&
+           (other.op != op || other.where != where);
+  };
+  // Comparing with one neighbour in line links all threads in the end.
+  if (me.index > 0 && waits_elsewhere(threads[size_t(me.index - 1)])) barrier_mixed = true;
+  if (me.index + 1 < config.threads && waits_elsewhere(threads[size_t(me.index + 1)])) barrier_mixed = true;
+  any = any || value;
+  w.runnable &= ~(1u << me.lane());
+  if (!w.runnable) runnable_warps &= ~(1u << me.warp());
+  if (++in_barrier == config.threads) {
+    if (barrier_mixed) stuck("divergence: the threads of a block wait in different barriers");
+    ++instructions().block_barrier;
+    clock.tick();
+    for (int i = 0; i < warps; ++i) {
+      finish_interval(i);
+      warp[i].runnable = ~0u;
+      warp[i].phase = 0;
+    }
+    for (int t = 0; t < config.threads; ++t) threads[size_t(t)].op = Op::kRun;
+    runnable_warps = warps == kMaxWarps ? ~0u : (1u << warps) - 1;
+    in_barrier = 0;
+    any_result = any;
+    any = false;
+  }
+  resume_next(me);
+  return any_result;
+}
+
+void Block::stuck(const char* what) {
+  // Threads that wait at the same place are listed together, as ranges.
+  struct Group {
+    Op op;
+    Where where;
+    std::vector<int> threads;
+  };
+  std::vector<Group> groups;
+  for (int t = 0; t < config.threads; ++t) {
+    const Thread& thread = threads[size_t(t)];
+    const Where where = thread.op == Op::kRun || thread.op == Op::kExit ? Where{} : thread.where;
+    auto group = std::find_if(groups.begin(), groups.end(),
+                              [&](const Group& g) { return g.op == thread.op && g.where == where; });
+    if (group == groups.end()) {
+      groups.push_back({thread.op, where, {}});
+      group = groups.end() - 1;
+    }
+    group->threads.push_back(t);
+  }
+  std::string message = "kernel '" + std::string(config.kernel) + "', block " + std::to_string(index) +
+                        " of " + std::to_string(config.grid) + ": " + what;
+  for (const Group& group : groups) {
+    message += "\n  " + std::string(group.threads.size() > 1 ? "threads " : "thread ");
+    for (size_t i = 0; i < group.threads.size();) {
+      size_t end = i + 1;
+      while (end < group.threads.size() && group.threads[end] == group.threads[end - 1] + 1) ++end;
+      if (i > 0) message += ", ";
+      message += std::to_string(group.threads[i]);
+      if (end - i > 1) message += "-" + std::to_string(group.threads[end - 1]);
+      i = end;
+    }
+    if (group.op == Op::kRun) message += ": running";
+    else if (group.op == Op::kExit) message += ": returned";
+    else message += ": " + std::string(name_of(group.op)) + " at " + text(group.where);
+  }
+  throw Fault(message);
+}
+
+}  // namespace fae::cuda::emu

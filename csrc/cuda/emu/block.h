@@ -1,0 +1,124 @@
+// The state of a running block. Internal to the emulator.
+#pragma once
+
+#include <exception>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cuda/emu/fiber.h"
+#include "cuda/emu/launch.h"
+#include "cuda/emu/random.h"
+#include "cuda/emu/shadow.h"
+#include "cuda/emu/sites.h"
+
+namespace fae::cuda::emu {
+
+constexpr int kLanes = 32;
+constexpr int kMaxWarps = 32;
+constexpr size_t kMaxSharedBytes = 227 * 1024;
+
+enum class Op : uint8_t {
+  kRun,
+  kWarpBarrier,
+  kShuffleXor,
+  kShuffle,
+  kBallot,
+  kLdmatrix,
+  kLdmatrixTransposed,
+  kMmaF16,
+  kMmaBf16,
+  kMmaTf32,
+  kBlockBarrier,
+  kBlockAny,
+  kExit,
+};
+const char* name_of(Op op);
+
+struct AsyncCopy {
+  uint32_t dst;
+  bool valid;
+  bool read;  // the source's bytes are in `data` already
+  const std::byte* src;
+  Where where;
+  std::byte data[16];
+};
+
+struct Block;
+
+struct Thread {
+  Block* block = nullptr;
+  int index = 0;
+  Fiber fiber;
+  Op op = Op::kRun;  // what it waits in
+  Where where;
+  void* args = nullptr;           // of the warp operation it waits in
+  std::vector<AsyncCopy> copies;  // neither waited for nor given up, oldest first
+  std::vector<size_t> groups;     // number of copies up to the end of each committed group
+
+  int lane() const { return index % kLanes; }
+  int warp() const { return index / kLanes; }
+};
+
+struct Warp {
+  uint32_t runnable = 0;  // a bit per lane
+  int arrived = 0;        // lanes that wait in a warp operation
+  bool mixed = false;     // not all of them in the same one
+  uint32_t phase = 0;     // warp barriers since the last block barrier
+};
+
+// One per OS thread, reused by all its launches.
+struct Block {
+  LaunchConfig config{};
+  Options options;
+  int64_t index = 0;
+  int warps = 0;
+  Warp warp[kMaxWarps];
+  std::unique_ptr<Thread[]> threads{new Thread[kMaxWarps * kLanes]};
+  StackPool stacks;
+  bool stacks_dirty = false;
+  Random random;
+  uint32_t stay = 0;  // of 256: how willingly the schedule stays with a warp
+  uint32_t runnable_warps = 0;
+  int in_barrier = 0;
+  int exited = 0;
+  bool barrier_mixed = false;
+  bool any = false, any_result = false;
+  Clock clock;
+  SharedShadow shared;
+  AccessRecorder recorder;
+  const void* params = nullptr;
+  void (*entry)(const void*) = nullptr;
+  std::exception_ptr error;
+  Fiber launcher;
+
+  // Runs block `i` to its end; throws what one of its threads has thrown.
+  void run(int64_t i);
+
+  // The running thread waits until all lanes of its warp have come to the same operation at
+  // the same line; the last to come performs it by complete(threads, *this), where
+  // `threads` points to the warp's 32.
+  using Complete = void (*)(Thread* lanes, Block& block);
+  void wait_in_warp(Op op, const Where& where, void* args, Complete complete);
+  // The same for the block; returns whether `value` was true for any.
+  bool wait_in_block(Op op, const Where& where, bool value);
+
+  // Stamp of an access by `thread` now.
+  Stamp stamp(int thread) const { return clock.stamp(warp[thread / kLanes].phase, thread); }
+
+ private:
+  static void thread_main();
+  void resume_next(Thread& from);
+  Thread* pick();
+  void finish_interval(int warp_index);
+  [[noreturn]] void stuck(const char* what);
+};
+
+// The running CUDA thread of this OS thread, or none.
+extern constinit thread_local Thread* running;
+
+// Throws when no kernel runs.
+Thread& running_thread();
+Block& this_block();
+
+}  // namespace fae::cuda::emu
