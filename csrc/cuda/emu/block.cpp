@@ -1,6 +1,7 @@
 #include "cuda/emu/block.h"
 
 #include <algorithm>
+#include <cstdlib>
 
 namespace fae::cuda::emu {
 
@@ -8,7 +9,6 @@ constinit thread_local Thread* running = nullptr;
 
 const char* name_of(Op op) {
   switch (op) {
-    case Op::kRun: return "running";
     case Op::kWarpBarrier: return "warp_barrier";
     case Op::kShuffleXor: return "shuffle_xor";
     case Op::kShuffle: return "shuffle";
@@ -25,15 +25,27 @@ const char* name_of(Op op) {
   return "?";
 }
 
-Thread& running_thread() {
-  if (!running) throw std::logic_error("a CUDA primitive was called outside of emu::launch");
-  return *running;
+void refuse_outside() { throw std::logic_error("a CUDA primitive was called outside of emu::launch"); }
+
+int thread_index() { return int(running_thread().index); }
+int64_t block_index() { return this_block().index; }
+
+// The next to run, or null when all wait.
+inline __attribute__((always_inline)) Thread* Block::pick(uint32_t preferred_warp) {
+  if (!runnable_warps) return nullptr;
+  const uint64_t dice = random.next();
+  uint32_t w = preferred_warp;
+  if (!warp[w].runnable || (dice & 255) >= stay) w = Random::bit_of(runnable_warps, unsigned(dice >> 8) & 31);
+  return &threads[w * kLanes + Random::bit_of(warp[w].runnable, unsigned(dice >> 59))];
 }
 
-Block& this_block() { return *running_thread().block; }
-
-int thread_index() { return running_thread().index; }
-int64_t block_index() { return this_block().index; }
+inline __attribute__((always_inline)) void Block::resume_next(Thread& from) {
+  Thread* const next = pick(from.warp());
+  if (!next) stuck("deadlock: no thread can go on");
+  if (next == &from) return;
+  running = next;
+  from.fiber.switch_to(next->fiber);
+}
 
 void Block::run(int64_t i) {
   index = i;
@@ -43,23 +55,22 @@ void Block::run(int64_t i) {
   stay = kStay[random.below(4)];
   clock.start_block();
   shared.start_block(uint32_t(1024 + 128 * (options.seed % 8)), config.shared_bytes, options.races, clock);
-  warps = config.threads / kLanes;
+  warps = uint32_t(config.threads) / kLanes;
   runnable_warps = warps == kMaxWarps ? ~0u : (1u << warps) - 1;
   in_barrier = exited = 0;
   barrier_mixed = any = false;
   error = nullptr;
-  for (int w = 0; w < warps; ++w) warp[w] = {~0u, 0, false, 0};
+  for (uint32_t w = 0; w < warps; ++w) warp[w] = {~0u, 0, false, 0};
   for (int t = 0; t < config.threads; ++t) {
     Thread& thread = threads[size_t(t)];
     thread.block = this;
-    thread.index = t;
-    thread.op = Op::kRun;
+    thread.index = uint32_t(t);
     thread.copies.clear();
     thread.groups.clear();
     thread.fiber.prepare(stacks.bottom(t), stacks.top(t), thread_main, stacks_dirty);
   }
   stacks_dirty = false;
-  running = pick();
+  running = pick(0);
   launcher.switch_to(running->fiber);
   running = nullptr;
   for (int t = 0; t < config.threads; ++t) {
@@ -88,11 +99,11 @@ void Block::thread_main() {
     w.runnable &= ~(1u << me.lane());
     if (!w.runnable) block.runnable_warps &= ~(1u << me.warp());
     ++block.exited;
-    if (block.options.count && block.exited == block.config.threads) {
-      for (int i = 0; i < block.warps; ++i) block.recorder.finish_interval(i);
+    if (block.options.count && block.exited == uint32_t(block.config.threads)) {
+      for (uint32_t i = 0; i < block.warps; ++i) block.recorder.finish_interval(i);
     }
     try {
-      if (block.exited < block.config.threads) block.resume_next(me);
+      if (block.exited < uint32_t(block.config.threads)) block.resume_next(me);
     } catch (...) {
       block.error = std::current_exception();
     }
@@ -101,30 +112,14 @@ void Block::thread_main() {
   std::abort();  // nobody resumes a thread that has ended
 }
 
-// The next to run, or null when all wait.
-Thread* Block::pick() {
-  if (!runnable_warps) return nullptr;
-  int w = running ? running->warp() : 0;
-  if (!warp[w].runnable || (random.next() >> 56) >= stay) w = random.bit_of(runnable_warps);
-  return &threads[size_t(w * kLanes + random.bit_of(warp[w].runnable))];
-}
-
-void Block::resume_next(Thread& from) {
-  Thread* const next = pick();
-  if (!next) stuck("deadlock: no thread can go on");
-  if (next == &from) return;
-  running = next;
-  from.fiber.switch_to(next->fiber);
-}
-
-void Block::finish_interval(int warp_index) {
+void Block::finish_interval(uint32_t warp_index) {
   if (options.count) recorder.finish_interval(warp_index);
 }
 
 void Block::wait_in_warp(Op op, const Where& where, void* args, Complete complete) {
   Thread& me = *running;
   Warp& w = warp[me.warp()];
-  Thread* const lanes = &threads[size_t(me.warp() * kLanes)];
+  Thread* const lanes = &threads[me.warp() * kLanes];
   me.op = op;
   me.where = where;
   me.args = args;
@@ -140,7 +135,6 @@ void Block::wait_in_warp(Op op, const Where& where, void* args, Complete complet
     complete(lanes, *this);
     w.arrived = 0;
     w.runnable = ~0u;
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane].op = Op::kRun;
     runnable_warps |= 1u << me.warp();
   } else if (!w.runnable) {
     runnable_warps &= ~(1u << me.warp());
@@ -153,26 +147,21 @@ bool Block::wait_in_block(Op op, const Where& where, bool value) {
   Warp& w = warp[me.warp()];
   me.op = op;
   me.where = where;
-  const auto waits_elsewhere = [&](const Thread& other) {
-    return (other.op == Op::kBlockBarrier || other.op == Op::kBlockAny) &&
-           (other.op != op || other.where != where);
-  };
-  // Comparing with one neighbour in line links all threads in the end.
-  if (me.index > 0 && waits_elsewhere(threads[size_t(me.index - 1)])) barrier_mixed = true;
-  if (me.index + 1 < config.threads && waits_elsewhere(threads[size_t(me.index + 1)])) barrier_mixed = true;
+  // Those that have come are as one while `barrier_mixed` is not set.
+  if (in_barrier == 0) barrier_first = &me;
+  else if (barrier_first->op != op || barrier_first->where != where) barrier_mixed = true;
   any = any || value;
   w.runnable &= ~(1u << me.lane());
   if (!w.runnable) runnable_warps &= ~(1u << me.warp());
-  if (++in_barrier == config.threads) {
+  if (++in_barrier == uint32_t(config.threads)) {
     if (barrier_mixed) stuck("divergence: the threads of a block wait in different barriers");
     ++instructions().block_barrier;
     clock.tick();
-    for (int i = 0; i < warps; ++i) {
+    for (uint32_t i = 0; i < warps; ++i) {
       finish_interval(i);
       warp[i].runnable = ~0u;
       warp[i].phase = 0;
     }
-    for (int t = 0; t < config.threads; ++t) threads[size_t(t)].op = Op::kRun;
     runnable_warps = warps == kMaxWarps ? ~0u : (1u << warps) - 1;
     in_barrier = 0;
     any_result = any;
@@ -185,6 +174,7 @@ bool Block::wait_in_block(Op op, const Where& where, bool value) {
 void Block::stuck(const char* what) {
   // Threads that wait at the same place are listed together, as ranges.
   struct Group {
+    bool waits;
     Op op;
     Where where;
     std::vector<int> threads;
@@ -192,11 +182,14 @@ void Block::stuck(const char* what) {
   std::vector<Group> groups;
   for (int t = 0; t < config.threads; ++t) {
     const Thread& thread = threads[size_t(t)];
-    const Where where = thread.op == Op::kRun || thread.op == Op::kExit ? Where{} : thread.where;
-    auto group = std::find_if(groups.begin(), groups.end(),
-                              [&](const Group& g) { return g.op == thread.op && g.where == where; });
+    const bool waits = !is_runnable(thread);
+    const Op op = waits ? thread.op : Op::kExit;
+    const Where where = op == Op::kExit ? Where{} : thread.where;
+    auto group = std::find_if(groups.begin(), groups.end(), [&](const Group& g) {
+      return g.waits == waits && g.op == op && g.where == where;
+    });
     if (group == groups.end()) {
-      groups.push_back({thread.op, where, {}});
+      groups.push_back({waits, op, where, {}});
       group = groups.end() - 1;
     }
     group->threads.push_back(t);
@@ -204,18 +197,18 @@ void Block::stuck(const char* what) {
   std::string message = "kernel '" + std::string(config.kernel) + "', block " + std::to_string(index) +
                         " of " + std::to_string(config.grid) + ": " + what;
   for (const Group& group : groups) {
-    message += "\n  " + std::string(group.threads.size() > 1 ? "threads " : "thread ");
+    message += group.threads.size() > 1 ? "\n  threads " : "\n  thread ";
     for (size_t i = 0; i < group.threads.size();) {
       size_t end = i + 1;
       while (end < group.threads.size() && group.threads[end] == group.threads[end - 1] + 1) ++end;
       if (i > 0) message += ", ";
       message += std::to_string(group.threads[i]);
-      if (end - i > 1) message += "-" + std::to_string(group.threads[end - 1]);
+      if (end - i > 1) message.append("-").append(std::to_string(group.threads[end - 1]));
       i = end;
     }
-    if (group.op == Op::kRun) message += ": running";
+    if (!group.waits) message += ": running";
     else if (group.op == Op::kExit) message += ": returned";
-    else message += ": " + std::string(name_of(group.op)) + " at " + text(group.where);
+    else message.append(": ").append(name_of(group.op)).append(" at ").append(text(group.where));
   }
   throw Fault(message);
 }

@@ -14,12 +14,11 @@
 
 namespace fae::cuda::emu {
 
-constexpr int kLanes = 32;
-constexpr int kMaxWarps = 32;
+constexpr uint32_t kLanes = 32;
+constexpr uint32_t kMaxWarps = 32;
 constexpr size_t kMaxSharedBytes = 227 * 1024;
 
 enum class Op : uint8_t {
-  kRun,
   kWarpBarrier,
   kShuffleXor,
   kShuffle,
@@ -46,23 +45,24 @@ struct AsyncCopy {
 
 struct Block;
 
-struct Thread {
+// What a rendezvous touches comes first: it is one cache line.
+struct alignas(64) Thread {
   Block* block = nullptr;
-  int index = 0;
-  Fiber fiber;
-  Op op = Op::kRun;  // what it waits in
+  uint32_t index = 0;
+  Op op = Op::kExit;  // what it waits in, or has waited in last
   Where where;
-  void* args = nullptr;           // of the warp operation it waits in
+  void* args = nullptr;  // of the warp operation it waits in
+  Fiber fiber;
   std::vector<AsyncCopy> copies;  // neither waited for nor given up, oldest first
   std::vector<size_t> groups;     // number of copies up to the end of each committed group
 
-  int lane() const { return index % kLanes; }
-  int warp() const { return index / kLanes; }
+  uint32_t lane() const { return index % kLanes; }
+  uint32_t warp() const { return index / kLanes; }
 };
 
 struct Warp {
   uint32_t runnable = 0;  // a bit per lane
-  int arrived = 0;        // lanes that wait in a warp operation
+  uint32_t arrived = 0;   // lanes that wait in a warp operation
   bool mixed = false;     // not all of them in the same one
   uint32_t phase = 0;     // warp barriers since the last block barrier
 };
@@ -72,7 +72,7 @@ struct Block {
   LaunchConfig config{};
   Options options;
   int64_t index = 0;
-  int warps = 0;
+  uint32_t warps = 0;
   Warp warp[kMaxWarps];
   std::unique_ptr<Thread[]> threads{new Thread[kMaxWarps * kLanes]};
   StackPool stacks;
@@ -80,9 +80,10 @@ struct Block {
   Random random;
   uint32_t stay = 0;  // of 256: how willingly the schedule stays with a warp
   uint32_t runnable_warps = 0;
-  int in_barrier = 0;
-  int exited = 0;
+  uint32_t in_barrier = 0;
+  uint32_t exited = 0;
   bool barrier_mixed = false;
+  const Thread* barrier_first = nullptr;
   bool any = false, any_result = false;
   Clock clock;
   SharedShadow shared;
@@ -104,21 +105,26 @@ struct Block {
   bool wait_in_block(Op op, const Where& where, bool value);
 
   // Stamp of an access by `thread` now.
-  Stamp stamp(int thread) const { return clock.stamp(warp[thread / kLanes].phase, thread); }
+  Stamp stamp(uint32_t thread) const { return clock.stamp(warp[thread / kLanes].phase, thread); }
 
  private:
   static void thread_main();
   void resume_next(Thread& from);
-  Thread* pick();
-  void finish_interval(int warp_index);
+  Thread* pick(uint32_t preferred_warp);
+  void finish_interval(uint32_t warp_index);
+  bool is_runnable(const Thread& t) const { return warp[t.warp()].runnable >> t.lane() & 1; }
   [[noreturn]] void stuck(const char* what);
 };
 
 // The running CUDA thread of this OS thread, or none.
 extern constinit thread_local Thread* running;
 
-// Throws when no kernel runs.
-Thread& running_thread();
-Block& this_block();
+[[noreturn]] void refuse_outside();
+inline Thread& running_thread() {
+  Thread* const thread = running;
+  if (!thread) refuse_outside();
+  return *thread;
+}
+inline Block& this_block() { return *running_thread().block; }
 
 }  // namespace fae::cuda::emu

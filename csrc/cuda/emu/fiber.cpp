@@ -14,7 +14,6 @@
 #if !FAE_EMU_SWITCH_UCONTEXT
 // Callee-saved registers go to the old stack and come from the new one. Not inside a
 // function: the compiler must take it for a call that may change any memory.
-extern "C" __attribute__((visibility("hidden"))) void fae_emu_switch_stack(void** save, void* load);
 asm(R"(
   .text
   .globl fae_emu_switch_stack
@@ -42,12 +41,11 @@ fae_emu_switch_stack:
 #endif
 
 namespace fae::cuda::emu {
-namespace {
 
+#if FAE_EMU_ASAN
 // Whom the running fiber was resumed from; the sanitizer learns the first stack this way.
-[[maybe_unused]] thread_local Fiber* leaving = nullptr;
-
-}  // namespace
+static thread_local Fiber* leaving = nullptr;
+#endif
 
 void Fiber::prepare(std::byte* bottom, std::byte* top, void (*entry)(), bool dirty) {
   bottom_ = bottom;
@@ -74,38 +72,20 @@ void Fiber::prepare(std::byte* bottom, std::byte* top, void (*entry)(), bool dir
 #endif
 }
 
-void Fiber::switch_to(Fiber& to) {
 #if FAE_EMU_ASAN
+void Fiber::leave_for(Fiber& to) {
   leaving = this;
   __sanitizer_start_switch_fiber(&fake_stack_, to.bottom_, to.size_);
-#endif
-#if FAE_EMU_SWITCH_UCONTEXT
-  swapcontext(&context_, &to.context_);
-#else
-  fae_emu_switch_stack(&stack_pointer_, to.stack_pointer_);
-#endif
-  landed();
 }
 
-void Fiber::landed() {
-#if FAE_EMU_ASAN
+void Fiber::arrived(void* fake_stack) {
   const void* bottom = nullptr;
   size_t size = 0;
-  __sanitizer_finish_switch_fiber(fake_stack_, &bottom, &size);
+  __sanitizer_finish_switch_fiber(fake_stack, &bottom, &size);
   leaving->bottom_ = bottom;
   leaving->size_ = size;
-#endif
 }
-
-void Fiber::entered() {
-#if FAE_EMU_ASAN
-  const void* bottom = nullptr;
-  size_t size = 0;
-  __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
-  leaving->bottom_ = bottom;
-  leaving->size_ = size;
 #endif
-}
 
 StackPool::~StackPool() {
   const size_t page = size_t(sysconf(_SC_PAGESIZE));

@@ -25,6 +25,11 @@
 #define FAE_EMU_SWITCH_UCONTEXT 0
 #endif
 
+#if !FAE_EMU_SWITCH_UCONTEXT
+// Leaves the running stack in *save and resumes the one at `load`.
+extern "C" __attribute__((visibility("hidden"))) void fae_emu_switch_stack(void** save, void* load);
+#endif
+
 namespace fae::cuda::emu {
 
 // A point of execution that was left and can be resumed.
@@ -39,13 +44,26 @@ class Fiber {
   void prepare(std::byte* bottom, std::byte* top, void (*entry)(), bool dirty);
 
   // Leaves the running point in *this and resumes `to`.
-  void switch_to(Fiber& to);
+  void switch_to(Fiber& to) {
+    if constexpr (FAE_EMU_ASAN) leave_for(to);
+#if FAE_EMU_SWITCH_UCONTEXT
+    swapcontext(&context_, &to.context_);
+#else
+    fae_emu_switch_stack(&stack_pointer_, to.stack_pointer_);
+#endif
+    if constexpr (FAE_EMU_ASAN) arrived(fake_stack_);
+  }
 
   // The first statement of an entry function.
-  static void entered();
+  static void entered() {
+    if constexpr (FAE_EMU_ASAN) arrived(nullptr);
+  }
 
  private:
-  void landed();
+  // The address sanitizer wants to know which stack is in use.
+  void leave_for(Fiber& to);
+  static void arrived(void* fake_stack);
+
 #if FAE_EMU_SWITCH_UCONTEXT
   ucontext_t context_;
 #else

@@ -134,7 +134,7 @@ void store_global(void* address, const void* value, size_t bytes, Where where) {
   const bool same = memcmp(address, value, bytes) == 0;
   for (size_t i = offset / Range::kGranule; i <= (offset + bytes - 1) / Range::kGranule; ++i) {
     const Stamp wrote = range.wrote[i];
-    const bool mine = wrote >= block.clock.block_start && who_of(wrote) == me.index;
+    const bool mine = wrote >= block.clock.block_start && who_of(wrote) == int(me.index);
     if (wrote >= launch_clock().start && !mine && bytes >= Range::kGranule) {
       const bool added = who_of(wrote) == kAdded;
       if (added || (!same && block.options.races)) {
@@ -168,7 +168,7 @@ void add_global(float* address, float value, Where where) {
   for (size_t i = offset / Range::kGranule; i < (offset + 4) / Range::kGranule; ++i) {
     const Stamp wrote = range.wrote[i];
     if (wrote >= launch_clock().start && who_of(wrote) != kAdded) {
-      const bool mine = wrote >= block.clock.block_start && who_of(wrote) == me.index;
+      const bool mine = wrote >= block.clock.block_start && who_of(wrote) == int(me.index);
       if (!mine) {
         fault(where, "race: add_global to " + bytes_text(address, 4, &range) + ", written by " +
                          writer_text(wrote) + " in the same launch");

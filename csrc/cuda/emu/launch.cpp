@@ -40,7 +40,7 @@ void launch(const LaunchConfig& config, void (*entry)(const void*), const void* 
   if (running) refuse("a kernel is running already");
   if (config.grid < 1 || config.grid > INT32_MAX)
     refuse("a grid of " + std::to_string(config.grid) + " blocks");
-  if (config.threads < kLanes || config.threads > kMaxWarps * kLanes || config.threads % kLanes != 0) {
+  if (config.threads < 1 || config.threads > 1024 || config.threads % int(kLanes) != 0) {
     refuse(std::to_string(config.threads) + " threads are no multiple of 32 up to 1024");
   }
   if (config.shared_bytes > kMaxSharedBytes) {
@@ -70,8 +70,8 @@ void launch(const LaunchConfig& config, void (*entry)(const void*), const void* 
 }
 
 std::string thread_text(int thread) {
-  return "thread " + std::to_string(thread) + " (warp " + std::to_string(thread / kLanes) + ", lane " +
-         std::to_string(thread % kLanes) + ")";
+  return "thread " + std::to_string(thread) + " (warp " + std::to_string(thread / int(kLanes)) + ", lane " +
+         std::to_string(thread % int(kLanes)) + ")";
 }
 
 std::string text(const Where& where) {

@@ -24,14 +24,14 @@ void ldmatrix(Thread* lanes, Block& block) {
   ++instructions().ldmatrix;
   uint16_t matrix[4][8][8];
   WarpAccess access{~0u, 16, {}};
-  for (int lane = 0; lane < kLanes; ++lane) {
+  for (int lane = 0; lane < int(kLanes); ++lane) {
     const uint32_t row = static_cast<const LdmatrixArgs*>(lanes[lane].args)->row;
     block.shared.read(row, 16, block.stamp(lanes[lane].index), where, op);
     memcpy(matrix[lane / 8][lane % 8], block.shared.data(row), 16);
     access.address[size_t(lane)] = row;
   }
   if (block.options.count) block.recorder.note_warp(Space::kShared, op, where, access);
-  for (int lane = 0; lane < kLanes; ++lane) {
+  for (int lane = 0; lane < int(kLanes); ++lane) {
     constexpr bool t = kTransposed;
     const Element low = ldmatrix_element(lane, 0, t), high = ldmatrix_element(lane, 1, t);
     uint32_t* const out = static_cast<const LdmatrixArgs*>(lanes[lane].args)->out;
@@ -95,7 +95,7 @@ void mma(Thread* lanes, Block&) {
   ++instructions().mma;
   alignas(64) Bits a_bits[16][kDepth], b_bits[kDepth][8];
   alignas(64) float a[16][kDepth], b[kDepth][8], d[16][8];
-  for (int lane = 0; lane < kLanes; ++lane) {
+  for (int lane = 0; lane < int(kLanes); ++lane) {
     const auto& args = *static_cast<const MmaArgs*>(lanes[lane].args);
     for (int r = 0; r < 4; ++r) {
       if constexpr (kPairs) {
@@ -123,7 +123,7 @@ void mma(Thread* lanes, Block&) {
   widen<Type>(a, a_bits);
   widen<Type>(b, b_bits);
   multiply_add<kDepth>(d, a, b);
-  for (int lane = 0; lane < kLanes; ++lane) {
+  for (int lane = 0; lane < int(kLanes); ++lane) {
     float* const out = static_cast<const MmaArgs*>(lanes[lane].args)->d;
     for (int r = 0; r < 4; ++r) {
       const Element e = mma_d(lane, r);

@@ -21,7 +21,7 @@ T exchange(Op op, T value, int source, const Where& where) {
   Exchange<T> mine{value, source, {}};
   this_block().wait_in_warp(op, where, &mine, [](Thread* lanes, Block&) {
     ++instructions().shuffle;
-    for (int lane = 0; lane < kLanes; ++lane) {
+    for (uint32_t lane = 0; lane < kLanes; ++lane) {
       auto* const to = static_cast<Exchange<T>*>(lanes[lane].args);
       to->result = static_cast<const Exchange<T>*>(lanes[to->source].args)->value;
     }
@@ -31,8 +31,9 @@ T exchange(Op op, T value, int source, const Where& where) {
 
 template <class T>
 T exchange_xor(T value, int mask, const Where& where) {
-  if (mask < 0 || mask >= kLanes) fault(where, "shuffle_xor by " + std::to_string(mask) + ", not 0 to 31");
-  return exchange(Op::kShuffleXor, value, running_thread().lane() ^ mask, where);
+  if (mask < 0 || mask >= int(kLanes))
+    fault(where, "shuffle_xor by " + std::to_string(mask) + ", not 0 to 31");
+  return exchange(Op::kShuffleXor, value, int(running_thread().lane()) ^ mask, where);
 }
 
 }  // namespace
@@ -41,7 +42,8 @@ float shuffle_xor(float value, int mask, Where where) { return exchange_xor(valu
 double shuffle_xor(double value, int mask, Where where) { return exchange_xor(value, mask, where); }
 
 float shuffle(float value, int lane, Where where) {
-  if (lane < 0 || lane >= kLanes) fault(where, "shuffle from lane " + std::to_string(lane) + ", not 0 to 31");
+  if (lane < 0 || lane >= int(kLanes))
+    fault(where, "shuffle from lane " + std::to_string(lane) + ", not 0 to 31");
   return exchange(Op::kShuffle, value, lane, where);
 }
 
@@ -53,10 +55,10 @@ uint32_t warp_ballot(bool value, Where where) {
   this_block().wait_in_warp(Op::kBallot, where, &mine, [](Thread* lanes, Block&) {
     ++instructions().ballot;
     uint32_t all = 0;
-    for (int lane = 0; lane < kLanes; ++lane) {
+    for (uint32_t lane = 0; lane < kLanes; ++lane) {
       all |= uint32_t(static_cast<const Vote*>(lanes[lane].args)->value) << lane;
     }
-    for (int lane = 0; lane < kLanes; ++lane) static_cast<Vote*>(lanes[lane].args)->result = all;
+    for (uint32_t lane = 0; lane < kLanes; ++lane) static_cast<Vote*>(lanes[lane].args)->result = all;
   });
   return mine.result;
 }

@@ -1,6 +1,7 @@
 // The source line that called a primitive: every report of the emulator names it.
 #pragma once
 
+#include <cstring>
 #include <string>
 
 namespace fae::cuda::emu {
@@ -14,7 +15,7 @@ struct Where {
     return {file, line};
   }
   bool operator==(const Where& other) const {
-    return line == other.line && (file == other.file || std::string(file) == other.file);
+    return line == other.line && (file == other.file || std::strcmp(file, other.file) == 0);
   }
   bool operator!=(const Where& other) const { return !(*this == other); }
 };
