@@ -30,37 +30,25 @@ void refuse_outside() { throw std::logic_error("a CUDA primitive was called outs
 int thread_index() { return int(running_thread().index); }
 int64_t block_index() { return this_block().index; }
 
-// The next to run, or null when all wait.
-inline __attribute__((always_inline)) Thread* Block::pick(uint32_t preferred_warp) {
-  if (!runnable_warps) return nullptr;
-  const uint64_t dice = random.next();
-  uint32_t w = preferred_warp;
-  if (!warp[w].runnable || (dice & 255) >= stay) w = Random::bit_of(runnable_warps, unsigned(dice >> 8) & 31);
-  return &threads[w * kLanes + Random::bit_of(warp[w].runnable, unsigned(dice >> 59))];
-}
-
 inline __attribute__((always_inline)) void Block::resume_next(Thread& from) {
-  Thread* const next = pick(from.warp());
-  if (!next) stuck("deadlock: no thread can go on");
-  if (next == &from) return;
-  running = next;
-  from.fiber.switch_to(next->fiber);
+  const int32_t next = schedule.next(from.warp());
+  if (next < 0) stuck("deadlock: no thread can go on");
+  Thread& to = threads[uint32_t(next)];
+  if (&to == &from) return;
+  running = &to;
+  from.fiber.switch_to(to.fiber);
 }
 
 void Block::run(int64_t i) {
   index = i;
-  random.seed(options.seed, uint64_t(i) + 1);
-  // Some blocks let a warp run until it waits for the block, some change at every turn.
-  constexpr uint32_t kStay[] = {0, 128, 240, 256};
-  stay = kStay[random.below(4)];
   clock.start_block();
   shared.start_block(uint32_t(1024 + 128 * (options.seed % 8)), config.shared_bytes, options.races, clock);
   warps = uint32_t(config.threads) / kLanes;
-  runnable_warps = warps == kMaxWarps ? ~0u : (1u << warps) - 1;
+  schedule.start_block(uint64_t(i), warps);
   in_barrier = exited = 0;
   barrier_mixed = any = false;
   error = nullptr;
-  for (uint32_t w = 0; w < warps; ++w) warp[w] = {~0u, 0, false, 0};
+  for (uint32_t w = 0; w < warps; ++w) warp[w] = {};
   for (int t = 0; t < config.threads; ++t) {
     Thread& thread = threads[size_t(t)];
     thread.block = this;
@@ -70,7 +58,7 @@ void Block::run(int64_t i) {
     thread.fiber.prepare(stacks.bottom(t), stacks.top(t), thread_main, stacks_dirty);
   }
   stacks_dirty = false;
-  running = pick(0);
+  running = &threads[uint32_t(schedule.next(0))];
   launcher.switch_to(running->fiber);
   running = nullptr;
   for (int t = 0; t < config.threads; ++t) {
@@ -95,9 +83,6 @@ void Block::thread_main() {
   }
   if (!block.error) {
     me.op = Op::kExit;
-    Warp& w = block.warp[me.warp()];
-    w.runnable &= ~(1u << me.lane());
-    if (!w.runnable) block.runnable_warps &= ~(1u << me.warp());
     ++block.exited;
     if (block.options.count && block.exited == uint32_t(block.config.threads)) {
       for (uint32_t i = 0; i < block.warps; ++i) block.recorder.finish_interval(i);
@@ -123,46 +108,36 @@ void Block::wait_in_warp(Op op, const Where& where, void* args, Complete complet
   me.op = op;
   me.where = where;
   me.args = args;
-  if (w.arrived > 0) {
-    // Any lane that waits already is as good as the first: if they differ, `mixed` is set.
-    const Thread& other = lanes[__builtin_ctz(~w.runnable)];
-    if (other.op != op || other.where != where) w.mixed = true;
-  }
-  w.runnable &= ~(1u << me.lane());
+  // Those that have come are as one while `mixed` is not set.
+  if (w.arrived == 0) w.first = &me;
+  else if (w.first->op != op || w.first->where != where) w.mixed = true;
   if (++w.arrived == kLanes) {
     if (w.mixed) stuck("divergence: the lanes of a warp wait in different operations");
     finish_interval(me.warp());
     complete(lanes, *this);
     w.arrived = 0;
-    w.runnable = ~0u;
-    runnable_warps |= 1u << me.warp();
-  } else if (!w.runnable) {
-    runnable_warps &= ~(1u << me.warp());
+    schedule.release(me.warp());
   }
   resume_next(me);
 }
 
 bool Block::wait_in_block(Op op, const Where& where, bool value) {
   Thread& me = *running;
-  Warp& w = warp[me.warp()];
   me.op = op;
   me.where = where;
   // Those that have come are as one while `barrier_mixed` is not set.
   if (in_barrier == 0) barrier_first = &me;
   else if (barrier_first->op != op || barrier_first->where != where) barrier_mixed = true;
   any = any || value;
-  w.runnable &= ~(1u << me.lane());
-  if (!w.runnable) runnable_warps &= ~(1u << me.warp());
   if (++in_barrier == uint32_t(config.threads)) {
     if (barrier_mixed) stuck("divergence: the threads of a block wait in different barriers");
     ++instructions().block_barrier;
     clock.tick();
     for (uint32_t i = 0; i < warps; ++i) {
       finish_interval(i);
-      warp[i].runnable = ~0u;
       warp[i].phase = 0;
+      schedule.release(i);
     }
-    runnable_warps = warps == kMaxWarps ? ~0u : (1u << warps) - 1;
     in_barrier = 0;
     any_result = any;
     any = false;
@@ -182,7 +157,7 @@ void Block::stuck(const char* what) {
   std::vector<Group> groups;
   for (int t = 0; t < config.threads; ++t) {
     const Thread& thread = threads[size_t(t)];
-    const bool waits = !is_runnable(thread);
+    const bool waits = schedule.waits(thread.index);
     const Op op = waits ? thread.op : Op::kExit;
     const Where where = op == Op::kExit ? Where{} : thread.where;
     auto group = std::find_if(groups.begin(), groups.end(), [&](const Group& g) {

@@ -8,14 +8,12 @@
 
 #include "cuda/emu/fiber.h"
 #include "cuda/emu/launch.h"
-#include "cuda/emu/random.h"
+#include "cuda/emu/schedule.h"
 #include "cuda/emu/shadow.h"
 #include "cuda/emu/sites.h"
 
 namespace fae::cuda::emu {
 
-constexpr uint32_t kLanes = 32;
-constexpr uint32_t kMaxWarps = 32;
 constexpr size_t kMaxSharedBytes = 227 * 1024;
 
 enum class Op : uint8_t {
@@ -61,10 +59,10 @@ struct alignas(64) Thread {
 };
 
 struct Warp {
-  uint32_t runnable = 0;  // a bit per lane
-  uint32_t arrived = 0;   // lanes that wait in a warp operation
-  bool mixed = false;     // not all of them in the same one
-  uint32_t phase = 0;     // warp barriers since the last block barrier
+  uint32_t arrived = 0;           // lanes that wait in a warp operation
+  const Thread* first = nullptr;  // of those
+  bool mixed = false;             // not all of them in the same one
+  uint32_t phase = 0;             // warp barriers since the last block barrier
 };
 
 // One per OS thread, reused by all its launches.
@@ -77,9 +75,7 @@ struct Block {
   std::unique_ptr<Thread[]> threads{new Thread[kMaxWarps * kLanes]};
   StackPool stacks;
   bool stacks_dirty = false;
-  Random random;
-  uint32_t stay = 0;  // of 256: how willingly the schedule stays with a warp
-  uint32_t runnable_warps = 0;
+  Schedule schedule;
   uint32_t in_barrier = 0;
   uint32_t exited = 0;
   bool barrier_mixed = false;
@@ -110,9 +106,7 @@ struct Block {
  private:
   static void thread_main();
   void resume_next(Thread& from);
-  Thread* pick(uint32_t preferred_warp);
   void finish_interval(uint32_t warp_index);
-  bool is_runnable(const Thread& t) const { return warp[t.warp()].runnable >> t.lane() & 1; }
   [[noreturn]] void stuck(const char* what);
 };
 

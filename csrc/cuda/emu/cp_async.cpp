@@ -22,7 +22,7 @@ void copy_async_16(uint32_t dst, const void* src, bool valid, Where where) {
   }
   AsyncCopy copy{dst, valid, false, static_cast<const std::byte*>(src), where, {}};
   // The source is read at any time between the issue and the wait.
-  if (valid && (block.random.next() >> 63)) {
+  if (valid && (block.schedule.random().next() >> 63)) {
     copy.read = true;
     memcpy(copy.data, src, 16);
   }

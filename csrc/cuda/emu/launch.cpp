@@ -52,6 +52,7 @@ void launch(const LaunchConfig& config, void (*entry)(const void*), const void* 
   block.entry = entry;
   block.params = params;
   block.clock.tick();
+  block.schedule.start_launch(block.options.seed);
   LaunchClock& launches = launch_clock();
   launches.start = block.clock.epoch_start;
   launches.blocks.clear();

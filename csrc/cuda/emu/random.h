@@ -21,12 +21,6 @@ class Random {
 
   uint64_t below(uint64_t n) { return (next() >> 11) % n; }
 
-  // One of the set bits of a nonzero mask, by a number from 0 to 31.
-  static uint32_t bit_of(uint32_t mask, unsigned turn) {
-    const uint32_t turned = mask >> turn | mask << (-turn & 31);
-    return (uint32_t(__builtin_ctz(turned)) + turn) & 31;
-  }
-
  private:
   static uint64_t mix(uint64_t x) {  // the finaliser of splitmix64
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
