@@ -1,0 +1,55 @@
+// The CUDA backend as its callers see it: plan, then run.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cuda/launch/variant.h"
+#include "cuda/params.h"
+
+namespace fae::cuda {
+
+// What the planner asks of a card.
+struct Device {
+  int compute_capability = 80;       // 10 major + minor
+  int64_t shared_bytes = 99 * 1024;  // that a block may have
+  int64_t l2_bytes = 32 * 1024 * 1024;
+};
+
+struct Options {
+  bool deterministic = false;  // backward: no atomics, so bitwise the same from run to run
+  bool fast_fp32 = false;      // one TF32 product for fp32 instead of three
+};
+
+// One launch: a kernel, its grid, and the order of the grid's blocks.
+struct Launch {
+  const Variant* variant = nullptr;  // null: not part of this plan
+  BlockOrder order;
+  int64_t blocks = 0;
+};
+
+// What a call will do: chosen from the problem before anything runs. A plan with objections
+// cannot run: each is a reason why no kernel of this build serves the problem on this device.
+struct Plan {
+  std::vector<std::string> objections;
+  Options options;
+  Launch forward;
+  Launch row_stats, key_grad, query_grad, round_query_grad, bias_grad;  // backward, in this order
+  int64_t rows_padded = 0;                                              // backward, see RowStats
+  int64_t dim_padded = 0;
+  size_t workspace_bytes = 0;
+};
+
+Plan plan_forward(const Problem& problem, const Device& device, const Options& options);
+// need_bias_grad: the caller will ask for dbias, of this shape.
+Plan plan_backward(const Problem& problem, const Device& device, const Options& options,
+                   const int64_t* dbias_shape);
+
+// Begin the work on a stream; nothing waits. `workspace`: plan.workspace_bytes on the device,
+// aligned to 16 bytes. Throw std::runtime_error when a kernel cannot be launched.
+void forward(const ForwardCall& call, const Plan& plan, Stream stream);
+void backward(const BackwardCall& call, const Plan& plan, void* workspace, Stream stream);
+
+}  // namespace fae::cuda

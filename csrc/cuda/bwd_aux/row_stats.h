@@ -1,0 +1,87 @@
+// What the backward pass needs to know of every packed query row, see RowStats.
+#pragma once
+
+#include "cuda/params.h"
+#include "cuda/tile/exact_row.h"
+
+namespace fae::cuda {
+
+template <class T>
+class RowStatsKernel {
+  static constexpr int kWarps = 8;
+
+ public:
+  using Params = BackwardParams;
+  static constexpr int kTileQ = 32;
+  static constexpr int kTileKV = 0;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kSharedBytes = 0;
+  static constexpr int kMinBlocks = 1;
+
+  static FAE_DEVICE void run(const Params& params) {
+    const BlockOrder::Place place = params.order.place(block_index());
+    for (int r = warp_index(); r < kTileQ; r += kWarps) {
+      run_row(params, place.unit, int(place.tile) * kTileQ + r);
+    }
+  }
+
+ private:
+  static constexpr bool kWideLse = lse_dtype(DTypeOf<T>::value) == DType::kFloat64;
+  static constexpr int kChunk = 16 / int(sizeof(T));
+
+  static FAE_DEVICE double load_lse(const void* data, int64_t at) {
+    if constexpr (kWideLse) return load_global(static_cast<const double*>(data) + at);
+    else return load_global(static_cast<const float*>(data) + at);
+  }
+
+  static FAE_DEVICE void run_row(const Params& params, int64_t unit, int row) {
+    const Problem& p = params.call.problem;
+    const int64_t at = unit * params.stats.rows_padded + row;
+    double lse = __builtin_inf();
+    float delta = 0;
+    if (row < p.packed_rows()) {
+      const int batch = int(unit / p.heads_kv), head_kv = int(unit % p.heads_kv);
+      const PackedRows rows(row, p.group());
+      const int head = head_kv * int(p.group()) + rows.head(0), i = rows.query(0);
+      const int64_t flat = (int64_t(batch) * p.heads_q + head) * p.seq_q + i;
+      lse = load_lse(params.call.lse, flat);
+      // A row without keys: exp(-inf - inf) is 0, exp(-inf + inf) would not be.
+      if (lse == -__builtin_inf()) lse = __builtin_inf();
+      delta =
+          dot_rows(params, params.call.out.offset(batch, head, i), params.call.dout.offset(batch, head, i));
+      if (params.call.dlse) delta -= float(load_lse(params.call.dlse, flat));
+    }
+    if (lane_index() != 0) return;
+    const float high = float(lse);
+    store_global(params.stats.lse + at, high);
+    if constexpr (kWideLse) {
+      store_global(params.stats.lse_low + at, is_finite(high) ? float(lse - double(high)) : 0.0f);
+    }
+    store_global(params.stats.delta + at, delta);
+  }
+
+  static FAE_DEVICE float dot_rows(const Params& params, int64_t out, int64_t dout) {
+    const View4 &a = params.call.out, &b = params.call.dout;
+    const int columns = int(params.call.problem.dim_v);
+    float sum = 0;
+    if (params.vector.out && params.vector.dout) {
+      for (int c = lane_index() * kChunk; c < columns; c += kWarpSize * kChunk) {
+        T x[kChunk], y[kChunk];
+        const Vec16 xs = load_global(reinterpret_cast<const Vec16*>(static_cast<const T*>(a.data) + out + c));
+        const Vec16 ys =
+            load_global(reinterpret_cast<const Vec16*>(static_cast<const T*>(b.data) + dout + c));
+        memcpy(x, &xs, 16);
+        memcpy(y, &ys, 16);
+        FAE_UNROLL
+        for (int e = 0; e < kChunk; ++e) sum += to_float(x[e]) * to_float(y[e]);
+      }
+    } else {
+      for (int c = lane_index(); c < columns; c += kWarpSize) {
+        sum += load_element<T>(a, out, c) * load_element<T>(b, dout, c);
+      }
+    }
+    return warp_sum(sum);
+  }
+};
+
+}  // namespace fae::cuda

@@ -1,0 +1,69 @@
+// What a kernel is launched with.
+#pragma once
+
+#include "core/problem.h"
+
+namespace fae::cuda {
+
+// The order of a linear grid's blocks: (unit, tile) pairs, a unit being a K/V head of the
+// batch and perhaps a slice of the head dim. Within a section of units, whose K and V fit
+// the L2 cache together, blocks go tile by tile; under a causal mask the dearest tiles first.
+struct BlockOrder {
+  int64_t tiles = 0;
+  int64_t units = 0;
+  int64_t section = 1;  // units
+  bool descending = true;
+
+  struct Place { int64_t unit, tile; };
+  FAE_HD Place place(int64_t block) const {
+    const int64_t blocks_of_section = tiles * section;
+    const int64_t first = block / blocks_of_section * section;
+    const int64_t rest = block % blocks_of_section;
+    const int64_t size = units - first < section ? units - first : section;
+    const int64_t tile = rest / size;
+    return {first + rest % size, descending ? tiles - 1 - tile : tile};
+  }
+  FAE_HD int64_t blocks() const { return tiles * units; }
+};
+
+// Constants of a score in fp32. Plain scores stay dot products until the exponent.
+struct ScoreScale {
+  float natural = 1;         // score = natural * value
+  float exponent = 1;        // exp(score) = 2^(exponent * value)
+  float modified_scale = 1;  // factor of a dot product that is not plain
+};
+
+// Which tensors' rows may be moved 16 bytes at a time: contiguous, aligned and whole. Others go
+// element by element.
+struct VectorRows {
+  bool q = false, k = false, v = false, out = false, dout = false, dq = false, dk = false, dv = false;
+};
+
+struct ForwardParams {
+  ForwardCall call;
+  BlockOrder order;
+  ScoreScale scale;
+  VectorRows vector;
+  bool fast_fp32 = false;  // one TF32 product instead of three
+};
+
+// Per packed row, padded per K/V head to `rows_padded`: what the backward pass needs to know.
+struct RowStats {
+  float* lse = nullptr;      // natural; +inf for rows without keys and for padding, so that P is 0
+  float* lse_low = nullptr;  // what rounding lse to fp32 left over; none for 16-bit types
+  float* delta = nullptr;    // rowsum(dO * O) - dlse
+  int64_t rows_padded = 0;
+};
+
+struct BackwardParams {
+  BackwardCall call;
+  BlockOrder order;
+  ScoreScale scale;
+  VectorRows vector;
+  RowStats stats;
+  float* dq_sum = nullptr;  // (batch * heads_kv, rows_padded, dim_padded): sums of dS K, or none
+  int64_t dim_padded = 0;
+  bool fast_fp32 = false;
+};
+
+}  // namespace fae::cuda

@@ -1,0 +1,203 @@
+// Forward attention on mma.sync: a block attends kTileQ packed query rows of one K/V head to
+// all keys they see, kTileKV at a time (FlashAttention-2's loop order; Dao 2023).
+#pragma once
+
+#include "cuda/sm80/config.h"
+#include "cuda/tile/exact_row.h"
+#include "cuda/tile/gmem_tile.h"
+#include "cuda/tile/pipeline.h"
+#include "cuda/tile/product.h"
+#include "cuda/tile/softmax.h"
+
+namespace fae::cuda::sm80 {
+
+// kDim: columns of q, k and v tiles. kSplit: the head dims are longer; q and k come in
+// slices of kDim, and the block makes one slice of the output. kModified: not plain scores.
+template <class T, int kDim, bool kSplit, bool kModified>
+class Forward {
+  using Config = ForwardConfig<T, kDim, kSplit>;
+
+ public:
+  using Params = ForwardParams;
+  static constexpr int kTileQ = Config::kTileQ;
+  static constexpr int kTileKV = Config::kTileKV;
+
+ private:
+  static constexpr int kRowsOfWarp = kTileQ / Config::kWarps;
+  static constexpr int kM = kRowsOfWarp / 16;
+  using TileQ = SmemTile<T, kTileQ, kDim>;
+  using TileKV = SmemTile<T, kTileKV, kDim>;
+  static constexpr int kResidentBytes = kSplit ? 0 : TileQ::kBytes;
+  using Ring = Pipeline<Config::kSlots, TileKV::kBytes + (kSplit ? TileQ::kBytes : 0)>;
+
+ public:
+  static constexpr int kThreads = Config::kWarps * kWarpSize;
+  static constexpr int kSharedBytes = kResidentBytes + Ring::kBytes;
+  static constexpr int kMinBlocks = 1;
+
+  static FAE_DEVICE void run(const Params& params) { Forward(params).run_block(); }
+
+ private:
+  explicit FAE_DEVICE Forward(const Params& params)
+      : params_(params), p_(params.call.problem), smem_(shared_memory()) {
+    const BlockOrder::Place place = params.order.place(block_index());
+    const int slices = kSplit ? int((p_.dim_v + kDim - 1) / kDim) : 1;
+    const int64_t unit = place.unit / slices;
+    slice_ = int(place.unit % slices);
+    batch_ = int(unit / p_.heads_kv);
+    head_kv_ = int(unit % p_.heads_kv);
+    row_begin_ = int(place.tile * kTileQ);
+    const int left = int(p_.packed_rows()) - row_begin_;
+    row_count_ = left < kTileQ ? left : kTileQ;
+    rows_ = PackedRows(row_begin_, p_.group());
+    kv_length_ = int(p_.masking.kv_lengths.at(batch_, p_.seq_kv));
+    query_end_ = rows_.query(row_count_ - 1) + 1;
+    const KeyRange keys = visible_keys(p_.masking.band, kv_length_, rows_.query_begin, query_end_);
+    key_end_ = int(keys.end);
+    // Tiles of keys begin at multiples of kTileKV whatever the rows are: a row's result does
+    // not depend on which rows share its block.
+    load_key_ = int(keys.begin) / kTileKV * kTileKV;
+  }
+
+  FAE_DEVICE int head_q() const { return head_kv_ * int(p_.group()); }
+  FAE_DEVICE TileQ resident_q() const { return {smem_}; }
+  FAE_DEVICE int steps() const { return kSplit ? int((p_.dim + kDim - 1) / kDim) : 1; }
+  FAE_DEVICE int column_v() const { return slice_ * kDim; }
+
+  FAE_DEVICE void load_q(TileQ tile, int column) const {
+    load_tile<kThreads>(tile, RowSource<const T>(p_.q, batch_, head_q()), rows_, row_count_, column,
+                        int(p_.dim), params_.vector.q);
+  }
+
+  // The next item of the sequence: per tile of keys its K (in slices, each with its Q), then V.
+  FAE_DEVICE void load_next(Smem<std::byte> slot) {
+    if (load_key_ >= key_end_) return;
+    const PlainRows keys{load_key_};
+    const int count = key_end_ - load_key_ < kTileKV ? key_end_ - load_key_ : kTileKV;
+    if (load_step_ < steps()) {
+      load_tile<kThreads>(TileKV{slot}, RowSource<const T>(p_.k, batch_, head_kv_), keys, count,
+                          load_step_ * kDim, int(p_.dim), params_.vector.k);
+      if constexpr (kSplit) load_q(TileQ{slot + TileKV::kBytes}, load_step_ * kDim);
+      ++load_step_;
+    } else {
+      load_tile<kThreads>(TileKV{slot}, RowSource<const T>(p_.v, batch_, head_kv_), keys, count, column_v(),
+                          int(p_.dim_v), params_.vector.v);
+      load_step_ = 0;
+      load_key_ += kTileKV;
+    }
+  }
+
+  FAE_DEVICE void run_block() {
+    Ring ring(smem_ + kResidentBytes);
+    const auto load = [this](Smem<std::byte> slot) { load_next(slot); };
+    const int row = warp_index() * kRowsOfWarp;
+    FragC out[kM][kDim / 8];
+    clear(out);
+    OnlineSoftmax<kM> softmax;
+    const int first_key = load_key_;
+    constexpr FragC(*no_slope)[kTileKV / 8] = nullptr;
+    // Without keys no barrier would keep these loads from what is staged at the end.
+    if (!kSplit && first_key < key_end_) load_q(resident_q(), 0);
+    ring.start(load);
+    for (int key = first_key; key < key_end_; key += kTileKV) {
+      FragC s[kM][kTileKV / 8];
+      clear(s);
+      for (int step = 0; step < steps(); ++step) {
+        const Smem<std::byte> slot = ring.next(load);
+        const TileQ q = kSplit ? TileQ{slot + TileKV::kBytes} : resident_q();
+        multiply_rows<T>(s, q, row, TileKV{slot}, 0, params_.fast_fp32);
+      }
+      const bool partial = classify(p_.masking.band, kv_length_, rows_.query_begin, query_end_, key,
+                                    key + kTileKV) != TileClass::kFull;
+      if (kModified || partial || p_.masking.mask.present()) {
+        finish_scores<kModified, false>(s, no_slope, score_tile(key), row, 0, partial);
+      }
+      softmax.update(s, out, params_.scale.exponent);
+      const Smem<std::byte> slot = ring.next(load);
+      accumulate<T>(out, s, TileKV{slot}, params_.fast_fp32);
+    }
+    copy_async_wait<0>();
+    softmax.finish();
+    store(out, softmax, row);
+  }
+
+  FAE_DEVICE ScoreTile score_tile(int key) const {
+    return {p_, params_.scale, batch_, head_q(), rows_, row_count_, key, kv_length_};
+  }
+
+  FAE_DEVICE void store(FragC (&out)[kM][kDim / 8], const OnlineSoftmax<kM>& softmax, int row) {
+    const int g = lane_index() / 4, t = lane_index() % 4;
+    // Q's tile is free: each warp has read only its own rows of it.
+    if (kSplit) block_barrier();
+    const TileQ staging{smem_};
+    FAE_UNROLL
+    for (int m = 0; m < kM; ++m) {
+      FAE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const float sum = softmax.sum[m][half];
+        const int r = row + 16 * m + 8 * half + g;
+        float probe = sum - sum;  // 0 when everything is finite
+        FAE_UNROLL
+        for (int n = 0; n < kDim / 8; ++n) {
+          // A row that saw nothing has out = 0; dividing by 1 keeps it.
+          const float x = out[m][n][2 * half] / (sum == 0 ? 1.0f : sum);
+          const float y = out[m][n][2 * half + 1] / (sum == 0 ? 1.0f : sum);
+          probe += (x - x) + (y - y);
+          store_pair(staging, r, 8 * n + 2 * t, x, y);
+        }
+        const bool exact = repair(staging, row + 16 * m + 8 * half, warp_ballot(probe != 0));
+        if (t == 0 && !exact && slice_ == 0 && r < row_count_) {
+          const double max = softmax.max[m][half];
+          store_lse(r, sum == 0 ? double(kHidden) : max * double(params_.scale.natural) + log(double(sum)));
+        }
+      }
+    }
+    warp_barrier();
+    const RowSource<T> target(params_.call.out, batch_, head_q());
+    store_rows<kRowsOfWarp>(staging, target, rows_, row, row_count_, column_v(), int(p_.dim_v),
+                            params_.vector.out);
+  }
+
+  // Of 8 rows from `row` on, one to each quad of lanes, computes those again that a lane in
+  // `bad` found not to be finite (see exact_row.h). Whether this lane's row was one of them.
+  FAE_DEVICE bool repair(TileQ staging, int row, uint32_t bad) const {
+    bool mine = false;
+    while (bad) {
+      const int quad = (__builtin_ffs(int(bad)) - 1) / 4, r = row + quad;
+      bad &= ~(0xfu << (4 * quad));
+      mine |= quad == lane_index() / 4;
+      if (r >= row_count_) continue;
+      const double lse = exact_output_row<T, kModified, kDim>(params_, batch_, head_kv_, row_begin_ + r,
+                                                              column_v(), staging, r);
+      if (lane_index() == 0 && slice_ == 0) store_lse(r, lse);
+    }
+    return mine;
+  }
+
+  FAE_DEVICE void store_lse(int r, double lse) const {
+    if (!params_.call.lse) return;
+    const int64_t at = (batch_ * p_.heads_q + head_q() + rows_.head(r)) * p_.seq_q + rows_.query(r);
+    if constexpr (lse_dtype(DTypeOf<T>::value) == DType::kFloat64) {
+      store_global(static_cast<double*>(params_.call.lse) + at, lse);
+    } else {
+      store_global(static_cast<float*>(params_.call.lse) + at, float(lse));
+    }
+  }
+
+  const Params& params_;
+  const Problem& p_;
+  const Smem<std::byte> smem_;
+  int batch_, head_kv_;
+  int slice_;      // of the output's columns
+  int row_begin_;  // first packed row of the block
+  int row_count_;  // rows of its tile that exist
+  int query_end_;
+  int kv_length_;
+  int key_end_;  // of the keys that at least one row sees
+  PackedRows rows_;
+  // What load_next loads next.
+  int load_key_;
+  int load_step_ = 0;
+};
+
+}  // namespace fae::cuda::sm80

@@ -1,0 +1,289 @@
+// Gradients of keys and values on mma.sync, and with atomics of the queries: a block keeps
+// kTileKV keys of one K/V head and goes over the packed query rows that see them.
+//
+//   P = exp(score - lse),  dV = P^T dO,  dS = P * (dO V^T - delta),  dK = dS^T Q,  dQ = dS K
+//
+// (FlashAttention-2, section 3.1.) Scores are computed transposed, keys as rows: P^T and dS^T
+// are then in the registers that the products after them want; only dS goes through shared
+// memory, for dQ.
+#pragma once
+
+#include "cuda/sm80/config.h"
+#include "cuda/tile/exact_row.h"
+#include "cuda/tile/gmem_tile.h"
+#include "cuda/tile/pipeline.h"
+#include "cuda/tile/product.h"
+#include "cuda/tile/score_grad.h"
+
+namespace fae::cuda::sm80 {
+
+// kDim: columns of all tiles. kSplit: the head dims are longer; operands of scores and dP come in
+// slices of kDim, and the block makes one slice of dK and of dV, and no dQ.
+template <class T, int kDim, bool kSplit, bool kModified>
+class KeyGrad {
+  using Config = KeyGradConfig<T, kDim, kSplit, kModified>;
+
+ public:
+  using Params = BackwardParams;
+  static constexpr int kTileQ = Config::kTileQ;
+  static constexpr int kTileKV = Config::kTileKV;
+
+ private:
+  using TileQ = SmemTile<T, kTileQ, kDim>;
+  using TileKV = SmemTile<T, kTileKV, kDim>;
+  using TileDS = SmemTile<T, kTileKV, kTileQ>;  // dS^T
+  static constexpr int kResidentBytes = kSplit ? 0 : 2 * TileKV::kBytes + TileDS::kBytes;
+  using Ring = Pipeline<2, kSplit ? TileKV::kBytes + TileQ::kBytes : 2 * TileQ::kBytes>;
+  using Scores = FragC[1][kTileQ / 8];
+  using Sums = FragC[1][kDim / 8];
+  static_assert(2 * TileKV::kBytes <= kResidentBytes + Ring::kBytes, "room to stage dK and dV");
+
+ public:
+  static constexpr int kThreads = Config::kWarps * kWarpSize;
+  static constexpr int kSharedBytes = kResidentBytes + Ring::kBytes;
+  static constexpr int kMinBlocks = 1;
+
+  static FAE_DEVICE void run(const Params& params) { KeyGrad(params).run_block(); }
+
+ private:
+  explicit FAE_DEVICE KeyGrad(const Params& params)
+      : params_(params), p_(params.call.problem), smem_(shared_memory()) {
+    const BlockOrder::Place place = params.order.place(block_index());
+    const int slices = kSplit ? int(((p_.dim > p_.dim_v ? p_.dim : p_.dim_v) + kDim - 1) / kDim) : 1;
+    const int64_t unit = place.unit / slices;
+    slice_ = int(place.unit % slices);
+    batch_ = int(unit / p_.heads_kv);
+    head_kv_ = int(unit % p_.heads_kv);
+    key_ = int(place.tile * kTileKV);
+    key_count_ = int(p_.seq_kv) - key_ < kTileKV ? int(p_.seq_kv) - key_ : kTileKV;
+    kv_length_ = int(p_.masking.kv_lengths.at(batch_, p_.seq_kv));
+    const int seen_end = key_ + key_count_ < kv_length_ ? key_ + key_count_ : kv_length_;
+    const KeyRange queries =
+        key_ < seen_end ? seeing_queries(p_.masking.band, p_.seq_q, key_, seen_end) : KeyRange{0, 0};
+    const int group = int(p_.group());
+    row_ = int(queries.begin) * group / kTileQ * kTileQ;
+    row_end_ = queries.empty() ? row_ : int(queries.end) * group;
+    load_row_ = row_;
+  }
+
+  FAE_DEVICE int head_q() const { return head_kv_ * int(p_.group()); }
+  FAE_DEVICE int column() const { return slice_ * kDim; }
+  FAE_DEVICE TileKV resident_k() const { return {smem_}; }
+  FAE_DEVICE TileKV resident_v() const { return {smem_ + TileKV::kBytes}; }
+  FAE_DEVICE TileDS resident_ds() const { return {smem_ + 2 * TileKV::kBytes}; }
+  FAE_DEVICE int steps_k() const { return kSplit ? int((p_.dim + kDim - 1) / kDim) : 1; }
+  FAE_DEVICE int steps_v() const { return kSplit ? int((p_.dim_v + kDim - 1) / kDim) : 1; }
+
+  FAE_DEVICE void load_keys(TileKV tile, const View4& view, int column, int64_t columns, bool vector) const {
+    load_tile<kThreads>(tile, RowSource<const T>(view, batch_, head_kv_), PlainRows{key_}, key_count_, column,
+                        int(columns), vector);
+  }
+  FAE_DEVICE void load_rows(TileQ tile, const View4& view, int column, int64_t columns, bool vector) const {
+    const int left = int(p_.packed_rows()) - load_row_;
+    load_tile<kThreads>(tile, RowSource<const T>(view, batch_, head_q()), PackedRows(load_row_, p_.group()),
+                        left < kTileQ ? left : kTileQ, column, int(columns), vector);
+  }
+  FAE_DEVICE void load_k(TileKV tile, int c) const { load_keys(tile, p_.k, c, p_.dim, params_.vector.k); }
+  FAE_DEVICE void load_v(TileKV tile, int c) const { load_keys(tile, p_.v, c, p_.dim_v, params_.vector.v); }
+  FAE_DEVICE void load_q(TileQ tile, int c) const { load_rows(tile, p_.q, c, p_.dim, params_.vector.q); }
+  FAE_DEVICE void load_dout(TileQ tile, int c) const {
+    load_rows(tile, params_.call.dout, c, p_.dim_v, params_.vector.dout);
+  }
+
+  // The next item of the sequence. Whole: Q and dO of a tile of rows. Split: slices of K and Q,
+  // slices of V and dO, then the slices of dO and Q that dV and dK are made of.
+  FAE_DEVICE void load_next(Smem<std::byte> slot) {
+    if (load_row_ >= row_end_) return;
+    if constexpr (!kSplit) {
+      load_q(TileQ{slot}, 0);
+      load_dout(TileQ{slot + TileQ::kBytes}, 0);
+      load_row_ += kTileQ;
+    } else {
+      const TileKV keys{slot};
+      const TileQ rows{slot + TileKV::kBytes};
+      const int step = load_step_++;
+      if (step < steps_k()) {
+        load_k(keys, step * kDim);
+        load_q(rows, step * kDim);
+      } else if (step < steps_k() + steps_v()) {
+        load_v(keys, (step - steps_k()) * kDim);
+        load_dout(rows, (step - steps_k()) * kDim);
+      } else {
+        load_dout(TileQ{slot}, column());
+        load_q(rows, column());
+        load_step_ = 0;
+        load_row_ += kTileQ;
+      }
+    }
+  }
+
+  FAE_DEVICE void run_block() {
+    Ring ring(smem_ + kResidentBytes);
+    const auto load = [this](Smem<std::byte> slot) { load_next(slot); };
+    const bool fast = params_.fast_fp32;
+    const int key_row = warp_index() * 16;  // this warp's keys within the tile
+    Sums dk, dv;
+    clear(dk);
+    clear(dv);
+    if constexpr (!kSplit) {
+      load_k(resident_k(), 0);
+      load_v(resident_v(), 0);
+    }
+    ring.start(load);
+    for (int row = row_; row < row_end_; row += kTileQ) {
+      Scores p, ds;
+      clear(p);
+      clear(ds);
+      if constexpr (!kSplit) {
+        const Smem<std::byte> slot = ring.next(load);
+        const TileQ q{slot}, dout{slot + TileQ::kBytes};
+        multiply_rows<T>(p, resident_k(), key_row, q, 0, fast);
+        score_gradients(
+            p, row, key_row,
+            [&](Scores& weights) {
+              accumulate<T>(dv, weights, dout, fast);
+              multiply_rows<T>(ds, resident_v(), key_row, dout, 0, fast);
+            },
+            ds);
+        accumulate<T>(dk, ds, q, fast);
+        if (params_.dq_sum) add_query_gradients(ds, row, key_row);
+      } else {
+        for (int step = 0; step < steps_k(); ++step) {
+          const Smem<std::byte> slot = ring.next(load);
+          multiply_rows<T>(p, TileKV{slot}, key_row, TileQ{slot + TileKV::kBytes}, 0, fast);
+        }
+        Scores weights;
+        score_gradients(
+            p, row, key_row,
+            [&](Scores& w) {
+              copy(weights, w);
+              for (int step = 0; step < steps_v(); ++step) {
+                const Smem<std::byte> slot = ring.next(load);
+                multiply_rows<T>(ds, TileKV{slot}, key_row, TileQ{slot + TileKV::kBytes}, 0, fast);
+              }
+            },
+            ds);
+        const Smem<std::byte> slot = ring.next(load);
+        accumulate<T>(dv, weights, TileQ{slot}, fast);
+        accumulate<T>(dk, ds, TileQ{slot + TileKV::kBytes}, fast);
+      }
+    }
+    copy_async_wait<0>();
+    block_barrier();
+    store(dk, dv, key_row);
+  }
+
+  // s: dot products of this warp's keys with the rows from `row` on. Makes P of them, hands P
+  // to use(p), which also leaves dP in ds, and makes dS of that.
+  template <class Use>
+  FAE_DEVICE void score_gradients(Scores& s, int row, int key_row, Use&& use, Scores& ds) const {
+    const PackedRows rows(row, p_.group());
+    const int left = int(p_.packed_rows()) - row, count = left < kTileQ ? left : kTileQ;
+    const bool partial = classify(p_.masking.band, kv_length_, rows.query_begin, rows.query(count - 1) + 1,
+                                  key_, key_ + kTileKV) != TileClass::kFull;
+    const ScoreTile tile{p_, params_.scale, batch_, head_q(), rows, count, key_, kv_length_};
+    FragC slope[1][kModified ? kTileQ / 8 : 1];
+    if constexpr (kModified) {
+      finish_scores<true, true>(s, slope, tile, key_row, 0, partial);
+    } else if (partial || p_.masking.mask.present()) {
+      constexpr FragC(*no_slope)[kTileQ / 8] = nullptr;
+      finish_scores<false, true>(s, no_slope, tile, key_row, 0, partial);
+    }
+    const int64_t at = (int64_t(batch_) * p_.heads_kv + head_kv_) * params_.stats.rows_padded + row;
+    probabilities_transposed<T>(s, params_.stats, at, params_.scale.natural);
+    if constexpr (kModified) {
+      multiply_elements(slope, s);
+      use(s);
+      gradients_transposed(ds, slope, params_.stats, at);
+    } else {
+      use(s);
+      gradients_transposed(ds, s, params_.stats, at);
+    }
+  }
+
+  // dQ of the rows from `row` on: all warps' dS^T meet in shared memory, and each warp makes
+  // 16 rows of a part of the columns.
+  FAE_DEVICE void add_query_gradients(const Scores& ds, int row, int key_row) const {
+    const int g = lane_index() / 4, t = lane_index() % 4;
+    FAE_UNROLL
+    for (int n = 0; n < kTileQ / 8; ++n) {
+      store_pair(resident_ds(), key_row + g, 8 * n + 2 * t, ds[0][n][0], ds[0][n][1]);
+      store_pair(resident_ds(), key_row + g + 8, 8 * n + 2 * t, ds[0][n][2], ds[0][n][3]);
+    }
+    block_barrier();
+    constexpr int kRowWarps = kTileQ / 16, kColumnWarps = Config::kWarps / kRowWarps;
+    constexpr int kCols = kDim / kColumnWarps;
+    const int first_row = warp_index() % kRowWarps * 16, first_column = warp_index() / kRowWarps * kCols;
+    FragC dq[1][kCols / 8];
+    clear(dq);
+    multiply_columns<T, kTileKV>(dq, resident_ds(), first_row, resident_k(), first_column, params_.fast_fp32);
+    const int64_t unit = int64_t(batch_) * p_.heads_kv + head_kv_;
+    FAE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int r = row + first_row + 8 * half + g;
+      if (r >= p_.packed_rows()) continue;
+      float* const sum =
+          params_.dq_sum + (unit * params_.stats.rows_padded + r) * params_.dim_padded + first_column + 2 * t;
+      FAE_UNROLL
+      for (int n = 0; n < kCols / 8; ++n) {
+        if (first_column + 8 * n >= params_.dim_padded) break;
+        add_global(sum + 8 * n, dq[0][n][2 * half]);
+        add_global(sum + 8 * n + 1, dq[0][n][2 * half + 1]);
+      }
+    }
+  }
+
+  FAE_DEVICE void store(const Sums& dk, const Sums& dv, int key_row) const {
+    const TileKV dk_tile{smem_}, dv_tile{smem_ + TileKV::kBytes};
+    const uint32_t bad_top = stage(dk, dv, dk_tile, dv_tile, key_row, 0);
+    const uint32_t bad_bottom = stage(dk, dv, dk_tile, dv_tile, key_row, 1);
+    for (uint32_t half = 0; half < 2; ++half) {
+      for (uint32_t bad = half ? bad_bottom : bad_top; bad;) {
+        const int quad = (__builtin_ffs(int(bad)) - 1) / 4, r = key_row + 8 * int(half) + quad;
+        bad &= ~(0xfu << (4 * quad));
+        if (r >= key_count_) continue;
+        exact_key_grad_row<T, kModified, kDim>(params_, batch_, head_kv_, key_ + r, column(), dk_tile,
+                                               dv_tile, r);
+      }
+    }
+    warp_barrier();
+    store_rows<16>(dk_tile, RowSource<T>(params_.call.dk, batch_, head_kv_), PlainRows{key_}, key_row,
+                   key_count_, column(), int(p_.dim), params_.vector.dk);
+    store_rows<16>(dv_tile, RowSource<T>(params_.call.dv, batch_, head_kv_), PlainRows{key_}, key_row,
+                   key_count_, column(), int(p_.dim_v), params_.vector.dv);
+  }
+
+  // Rounds rows lane / 4 + 8 half into the tiles; a bit for each lane that holds something
+  // not finite.
+  FAE_DEVICE uint32_t stage(const Sums& dk, const Sums& dv, TileKV dk_tile, TileKV dv_tile, int key_row,
+                            int half) const {
+    const float scale = float(p_.score.scale);
+    const int r = key_row + 8 * half + lane_index() / 4;
+    float probe = 0;  // stays 0 when everything is finite
+    FAE_UNROLL
+    for (int n = 0; n < kDim / 8; ++n) {
+      const int c = 8 * n + 2 * (lane_index() % 4);
+      const float kx = half ? dk[0][n][2] : dk[0][n][0], ky = half ? dk[0][n][3] : dk[0][n][1];
+      const float vx = half ? dv[0][n][2] : dv[0][n][0], vy = half ? dv[0][n][3] : dv[0][n][1];
+      probe += ((kx - kx) + (ky - ky)) + ((vx - vx) + (vy - vy));
+      store_pair(dk_tile, r, c, kx * scale, ky * scale);
+      store_pair(dv_tile, r, c, vx, vy);
+    }
+    return warp_ballot(probe != 0);
+  }
+
+  const Params& params_;
+  const Problem& p_;
+  const Smem<std::byte> smem_;
+  int batch_, head_kv_;
+  int slice_;      // of the columns of dK and dV
+  int key_;        // first key of the block
+  int key_count_;  // keys of its tile that exist
+  int kv_length_;
+  int row_, row_end_;  // packed rows that see one of the keys, from a tile's first on
+  // What load_next loads next.
+  int load_row_;
+  int load_step_ = 0;
+};
+
+}  // namespace fae::cuda::sm80

@@ -1,0 +1,200 @@
+// Gradient of queries without atomics on mma.sync: a block keeps kTileQ packed query rows and
+// goes over the keys they see, in a fixed order. The deterministic backward pass uses it,
+// and so do head dims beyond the largest bucket.
+#pragma once
+
+#include "cuda/sm80/config.h"
+#include "cuda/tile/exact_row.h"
+#include "cuda/tile/gmem_tile.h"
+#include "cuda/tile/pipeline.h"
+#include "cuda/tile/product.h"
+#include "cuda/tile/score_grad.h"
+
+namespace fae::cuda::sm80 {
+
+// kDim, kSplit: as in KeyGrad.
+template <class T, int kDim, bool kSplit, bool kModified>
+class QueryGrad {
+  using Config = QueryGradConfig<T, kDim, kSplit>;
+
+ public:
+  using Params = BackwardParams;
+  static constexpr int kTileQ = Config::kTileQ;
+  static constexpr int kTileKV = Config::kTileKV;
+
+ private:
+  using TileQ = SmemTile<T, kTileQ, kDim>;
+  using TileKV = SmemTile<T, kTileKV, kDim>;
+  static constexpr int kResidentBytes = kSplit ? 0 : 2 * TileQ::kBytes;
+  using Ring = Pipeline<2, kSplit ? TileKV::kBytes + TileQ::kBytes : 2 * TileKV::kBytes>;
+  using Scores = FragC[1][kTileKV / 8];
+
+ public:
+  static constexpr int kThreads = Config::kWarps * kWarpSize;
+  static constexpr int kSharedBytes = kResidentBytes + Ring::kBytes;
+  static constexpr int kMinBlocks = 1;
+
+  static FAE_DEVICE void run(const Params& params) { QueryGrad(params).run_block(); }
+
+ private:
+  explicit FAE_DEVICE QueryGrad(const Params& params)
+      : params_(params), p_(params.call.problem), smem_(shared_memory()) {
+    const BlockOrder::Place place = params.order.place(block_index());
+    const int slices = kSplit ? int((p_.dim + kDim - 1) / kDim) : 1;
+    const int64_t unit = place.unit / slices;
+    slice_ = int(place.unit % slices);
+    batch_ = int(unit / p_.heads_kv);
+    head_kv_ = int(unit % p_.heads_kv);
+    row_begin_ = int(place.tile * kTileQ);
+    const int left = int(p_.packed_rows()) - row_begin_;
+    row_count_ = left < kTileQ ? left : kTileQ;
+    rows_ = PackedRows(row_begin_, p_.group());
+    kv_length_ = int(p_.masking.kv_lengths.at(batch_, p_.seq_kv));
+    query_end_ = rows_.query(row_count_ - 1) + 1;
+    const KeyRange keys = visible_keys(p_.masking.band, kv_length_, rows_.query_begin, query_end_);
+    key_end_ = int(keys.end);
+    load_key_ = int(keys.begin) / kTileKV * kTileKV;
+  }
+
+  FAE_DEVICE int head_q() const { return head_kv_ * int(p_.group()); }
+  FAE_DEVICE int column() const { return slice_ * kDim; }
+  FAE_DEVICE TileQ resident_q() const { return {smem_}; }
+  FAE_DEVICE TileQ resident_dout() const { return {smem_ + TileQ::kBytes}; }
+  FAE_DEVICE int steps_k() const { return kSplit ? int((p_.dim + kDim - 1) / kDim) : 1; }
+  FAE_DEVICE int steps_v() const { return kSplit ? int((p_.dim_v + kDim - 1) / kDim) : 1; }
+
+  FAE_DEVICE void load_q(TileQ tile, int c) const {
+    load_tile<kThreads>(tile, RowSource<const T>(p_.q, batch_, head_q()), rows_, row_count_, c, int(p_.dim),
+                        params_.vector.q);
+  }
+  FAE_DEVICE void load_dout(TileQ tile, int c) const {
+    load_tile<kThreads>(tile, RowSource<const T>(params_.call.dout, batch_, head_q()), rows_, row_count_, c,
+                        int(p_.dim_v), params_.vector.dout);
+  }
+  FAE_DEVICE void load_keys(TileKV tile, const View4& view, int c, int64_t columns, bool vector) const {
+    const int left = key_end_ - load_key_;
+    load_tile<kThreads>(tile, RowSource<const T>(view, batch_, head_kv_), PlainRows{load_key_},
+                        left < kTileKV ? left : kTileKV, c, int(columns), vector);
+  }
+  FAE_DEVICE void load_k(TileKV tile, int c) const { load_keys(tile, p_.k, c, p_.dim, params_.vector.k); }
+  FAE_DEVICE void load_v(TileKV tile, int c) const { load_keys(tile, p_.v, c, p_.dim_v, params_.vector.v); }
+
+  // The next item of the sequence. Whole: K and V of a tile of keys. Split: slices of K and Q,
+  // slices of V and dO, then the slice of K that dQ is made of.
+  FAE_DEVICE void load_next(Smem<std::byte> slot) {
+    if (load_key_ >= key_end_) return;
+    const TileKV keys{slot};
+    if constexpr (!kSplit) {
+      load_k(keys, 0);
+      load_v(TileKV{slot + TileKV::kBytes}, 0);
+      load_key_ += kTileKV;
+    } else {
+      const TileQ rows{slot + TileKV::kBytes};
+      const int step = load_step_++;
+      if (step < steps_k()) {
+        load_k(keys, step * kDim);
+        load_q(rows, step * kDim);
+      } else if (step < steps_k() + steps_v()) {
+        load_v(keys, (step - steps_k()) * kDim);
+        load_dout(rows, (step - steps_k()) * kDim);
+      } else {
+        load_k(keys, column());
+        load_step_ = 0;
+        load_key_ += kTileKV;
+      }
+    }
+  }
+
+  FAE_DEVICE void run_block() {
+    Ring ring(smem_ + kResidentBytes);
+    const auto load = [this](Smem<std::byte> slot) { load_next(slot); };
+    const bool fast = params_.fast_fp32;
+    const int row = warp_index() * 16;
+    const int64_t at =
+        (int64_t(batch_) * p_.heads_kv + head_kv_) * params_.stats.rows_padded + row_begin_ + row;
+    const LaneRowStats stats = load_row_stats<T>(params_.stats, at);
+    FragC dq[1][kDim / 8];
+    clear(dq);
+    const int first_key = load_key_;
+    if (!kSplit && first_key < key_end_) {  // without keys no barrier would follow
+      load_q(resident_q(), 0);
+      load_dout(resident_dout(), 0);
+    }
+    ring.start(load);
+    for (int key = first_key; key < key_end_; key += kTileKV) {
+      Scores s, ds;
+      clear(s);
+      clear(ds);
+      TileKV keys;
+      if constexpr (!kSplit) {
+        const Smem<std::byte> slot = ring.next(load);
+        keys = TileKV{slot};
+        multiply_rows<T>(s, resident_q(), row, keys, 0, fast);
+        multiply_rows<T>(ds, resident_dout(), row, TileKV{slot + TileKV::kBytes}, 0, fast);
+      } else {
+        for (int step = 0; step < steps_k(); ++step) {
+          const Smem<std::byte> slot = ring.next(load);
+          multiply_rows<T>(s, TileQ{slot + TileKV::kBytes}, row, TileKV{slot}, 0, fast);
+        }
+        for (int step = 0; step < steps_v(); ++step) {
+          const Smem<std::byte> slot = ring.next(load);
+          multiply_rows<T>(ds, TileQ{slot + TileKV::kBytes}, row, TileKV{slot}, 0, fast);
+        }
+        keys = TileKV{ring.next(load)};
+      }
+      const bool partial = classify(p_.masking.band, kv_length_, rows_.query_begin, query_end_, key,
+                                    key + kTileKV) != TileClass::kFull;
+      const ScoreTile tile{p_, params_.scale, batch_, head_q(), rows_, row_count_, key, kv_length_};
+      score_gradients<kModified>(s, ds, stats, tile, row, partial, /*before_softcap=*/true);
+      accumulate<T>(dq, ds, keys, fast);
+    }
+    copy_async_wait<0>();
+    store(dq, row);
+  }
+
+  FAE_DEVICE void store(const FragC (&dq)[1][kDim / 8], int row) const {
+    const int g = lane_index() / 4, t = lane_index() % 4;
+    const float scale = float(p_.score.scale);
+    // Q's tile is free once this warp is done: each has read only its own rows of it.
+    if (kSplit) block_barrier();
+    else warp_barrier();
+    const TileQ staging{smem_};
+    FAE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      float probe = 0;  // stays 0 when everything is finite
+      FAE_UNROLL
+      for (int n = 0; n < kDim / 8; ++n) {
+        const float x = dq[0][n][2 * half], y = dq[0][n][2 * half + 1];
+        probe += (x - x) + (y - y);
+        store_pair(staging, row + 8 * half + g, 8 * n + 2 * t, x * scale, y * scale);
+      }
+      for (uint32_t bad = warp_ballot(probe != 0); bad;) {
+        const int quad = (__builtin_ffs(int(bad)) - 1) / 4, r = row + 8 * half + quad;
+        bad &= ~(0xfu << (4 * quad));
+        if (r >= row_count_) continue;
+        exact_query_grad_row<T, kModified, kDim>(params_, batch_, head_kv_, row_begin_ + r, column(), staging,
+                                                 r);
+      }
+    }
+    warp_barrier();
+    store_rows<16>(staging, RowSource<T>(params_.call.dq, batch_, head_q()), rows_, row, row_count_, column(),
+                   int(p_.dim), params_.vector.dq);
+  }
+
+  const Params& params_;
+  const Problem& p_;
+  const Smem<std::byte> smem_;
+  int batch_, head_kv_;
+  int slice_;      // of dQ's columns
+  int row_begin_;  // first packed row of the block
+  int row_count_;  // rows of its tile that exist
+  int query_end_;
+  int kv_length_;
+  int key_end_;  // of the keys that at least one row sees
+  PackedRows rows_;
+  // What load_next loads next.
+  int load_key_;
+  int load_step_ = 0;
+};
+
+}  // namespace fae::cuda::sm80

@@ -1,0 +1,193 @@
+// One row of a result, computed by a warp without matrix units.
+//
+// A hidden key has probability 0, and a matrix product makes NaN of 0 * infinity: an
+// infinity or NaN in a key or value would reach rows that do not see it. A row of results
+// that is not finite is therefore computed again here, over the visible keys alone; finite
+// data never comes here. fp32 infinities, which do not survive the split into two TF32
+// numbers, are made good in the same place.
+#pragma once
+
+#include "cuda/tile/softmax.h"
+
+namespace fae::cuda {
+
+FAE_DEVICE bool is_finite(float x) { return x - x == 0; }
+
+template <class T>
+FAE_DEVICE float load_element(const View4& view, int64_t offset, int64_t column) {
+  return to_float(load_global(static_cast<const T*>(view.data) + offset + column * view.stride[3]));
+}
+
+template <class T>
+FAE_DEVICE float dot(const View4& a, int64_t a_offset, const View4& b, int64_t b_offset, int64_t columns) {
+  float sum = 0;
+  for (int64_t c = 0; c < columns; ++c)
+    sum += load_element<T>(a, a_offset, c) * load_element<T>(b, b_offset, c);
+  return sum;
+}
+
+// A packed query row as a tile of its own.
+FAE_DEVICE ScoreTile single_row(const Problem& problem, const ScoreScale& scale, int batch, int head_kv,
+                                int packed_row) {
+  return {problem,
+          scale,
+          batch,
+          head_kv * int(problem.group()),
+          PackedRows(packed_row, problem.group()),
+          1,
+          0,
+          int(problem.masking.kv_lengths.at(batch, problem.seq_kv))};
+}
+
+// Score of the row of `row` and key j.
+template <class T, bool kModified>
+FAE_DEVICE_COLD Score exact_score(ScoreTile row, int j) {
+  const Problem& p = row.problem;
+  const int head = row.head + row.rows.head(0), head_kv = head / int(p.group());
+  row.key = j;
+  const float product = dot<T>(p.q, p.q.offset(row.batch, head, row.rows.query(0)), p.k,
+                               p.k.offset(row.batch, head_kv, j), p.dim);
+  return pair_score<kModified>(product, row);
+}
+
+// Columns [column, column + kCols) of a sum over items, weight(item) * row(item): each lane
+// weighs an item, then all take turns and each lane adds up its own columns.
+template <int kCols>
+struct LaneColumns {
+  static_assert(kCols % kWarpSize == 0);
+  float sum[kCols / kWarpSize];
+
+  FAE_DEVICE LaneColumns() {
+    FAE_UNROLL
+    for (int i = 0; i < kCols / kWarpSize; ++i) sum[i] = 0;
+  }
+  // Columns at or past `columns` do not exist.
+  template <class T>
+  FAE_DEVICE void add(float weight, const View4& view, int64_t offset, int column, int columns) {
+    FAE_UNROLL
+    for (int i = 0; i < kCols / kWarpSize; ++i) {
+      const int c = column + i * kWarpSize + lane_index();
+      if (c < columns) sum[i] += weight * load_element<T>(view, offset, c);
+    }
+  }
+  template <class T, class Tile>
+  FAE_DEVICE void store(Tile tile, int r, float factor) const {
+    FAE_UNROLL
+    for (int i = 0; i < kCols / kWarpSize; ++i) {
+      store_shared(tile.at(r, i * kWarpSize + lane_index()), from_double<T>(sum[i] * factor));
+    }
+  }
+};
+
+// Columns [column, column + kCols) of the output of a packed row, into row r of a tile in
+// shared memory; returns the row's log-sum-exp. For a warp.
+template <class T, bool kModified, int kCols, class Tile>
+FAE_DEVICE_COLD double exact_output_row(const ForwardParams& params, int batch, int head_kv, int packed_row,
+                                        int column, Tile tile, int r) {
+  const Problem& p = params.call.problem;
+  const ScoreTile row = single_row(p, params.scale, batch, head_kv, packed_row);
+  const int i = row.rows.query(0), lane = lane_index();
+  const KeyRange seen = visible_keys(p.masking.band, row.kv_length, i, i + 1);
+  const float exponent = params.scale.exponent;
+  float max = kHidden, sum = 0;
+  for (int j = int(seen.begin) + lane; j < seen.end; j += kWarpSize) {
+    const float s = exact_score<T, kModified>(row, j).value;
+    if (s > max) max = s;
+  }
+  max = warp_max(max);
+  const float shift = max == kHidden ? 0.0f : max;
+  LaneColumns<kCols> out;
+  for (int first = int(seen.begin); first < seen.end; first += kWarpSize) {
+    const int j = first + lane;
+    const float s = j < seen.end ? exact_score<T, kModified>(row, j).value : kHidden;
+    const float weight = exp2_fast((s - shift) * exponent);
+    sum += s == kHidden ? 0.0f : weight;
+    const uint32_t visible = warp_ballot(s != kHidden);
+    for (int turn = 0; turn < kWarpSize; ++turn) {
+      const float its_weight = shuffle(weight, turn);
+      if (!(visible >> turn & 1)) continue;
+      out.template add<T>(its_weight, p.v, p.v.offset(batch, head_kv, first + turn), column, int(p.dim_v));
+    }
+  }
+  sum = warp_sum(sum);
+  warp_barrier();
+  out.template store<T>(tile, r, sum == 0 ? 0.0f : 1.0f / sum);
+  return sum == 0 ? double(kHidden) : double(max) * double(params.scale.natural) + log(double(sum));
+}
+
+// P and dS of one visible pair in the backward pass; dS is taken before scale and softcap.
+struct PairGrad {
+  float p, ds;
+  bool visible;
+};
+
+template <class T, bool kModified>
+FAE_DEVICE_COLD PairGrad exact_pair_grad(const BackwardParams& params, int batch, int head_kv, int packed_row,
+                                         int j) {
+  const Problem& p = params.call.problem;
+  const ScoreTile row = single_row(p, params.scale, batch, head_kv, packed_row);
+  const Score score = exact_score<T, kModified>(row, j);
+  if (score.value == kHidden) return {0, 0, false};
+  const int64_t at = (int64_t(batch) * p.heads_kv + head_kv) * params.stats.rows_padded + packed_row;
+  const int head = row.head + row.rows.head(0);
+  const float low = params.stats.lse_low ? load_global(params.stats.lse_low + at) : 0.0f;
+  const float exponent = score.value * params.scale.natural - load_global(params.stats.lse + at) - low;
+  const float weight = exp2_fast(exponent * kLog2E);
+  const float dp = dot<T>(params.call.dout, params.call.dout.offset(batch, head, row.rows.query(0)), p.v,
+                          p.v.offset(batch, head_kv, j), p.dim_v);
+  return {weight, weight * (dp - load_global(params.stats.delta + at)) * score.slope, true};
+}
+
+// Columns [column, column + kCols) of dQ of a packed row, into row r of a tile. For a warp.
+template <class T, bool kModified, int kCols, class Tile>
+FAE_DEVICE_COLD void exact_query_grad_row(const BackwardParams& params, int batch, int head_kv,
+                                          int packed_row, int column, Tile tile, int r) {
+  const Problem& p = params.call.problem;
+  const ScoreTile row = single_row(p, params.scale, batch, head_kv, packed_row);
+  const int i = row.rows.query(0);
+  const KeyRange seen = visible_keys(p.masking.band, row.kv_length, i, i + 1);
+  LaneColumns<kCols> dq;
+  for (int first = int(seen.begin); first < seen.end; first += kWarpSize) {
+    const int j = first + lane_index();
+    PairGrad pair{0, 0, false};
+    if (j < seen.end) pair = exact_pair_grad<T, kModified>(params, batch, head_kv, packed_row, j);
+    const uint32_t visible = warp_ballot(pair.visible);
+    for (int turn = 0; turn < kWarpSize; ++turn) {
+      const float ds = shuffle(pair.ds, turn);
+      if (!(visible >> turn & 1)) continue;
+      dq.template add<T>(ds, p.k, p.k.offset(batch, head_kv, first + turn), column, int(p.dim));
+    }
+  }
+  warp_barrier();
+  dq.template store<T>(tile, r, float(p.score.scale));
+}
+
+// Columns [column, column + kCols) of dK and dV of a key, into row r of two tiles. For a warp.
+template <class T, bool kModified, int kCols, class Tile>
+FAE_DEVICE_COLD void exact_key_grad_row(const BackwardParams& params, int batch, int head_kv, int j,
+                                        int column, Tile dk_tile, Tile dv_tile, int r) {
+  const Problem& p = params.call.problem;
+  const KeyRange seeing = seeing_queries(p.masking.band, p.seq_q, j, j + 1);
+  const int group = int(p.group()), end = int(seeing.end) * group;
+  LaneColumns<kCols> dk, dv;
+  for (int first = int(seeing.begin) * group; first < end; first += kWarpSize) {
+    const int row = first + lane_index();
+    PairGrad pair{0, 0, false};
+    if (row < end) pair = exact_pair_grad<T, kModified>(params, batch, head_kv, row, j);
+    const uint32_t visible = warp_ballot(pair.visible);
+    for (int turn = 0; turn < kWarpSize; ++turn) {
+      const float weight = shuffle(pair.p, turn), ds = shuffle(pair.ds, turn);
+      if (!(visible >> turn & 1)) continue;
+      const PackedRows at(first + turn, group);
+      const int head = head_kv * group + at.head(0), i = at.query(0);
+      dk.template add<T>(ds, p.q, p.q.offset(batch, head, i), column, int(p.dim));
+      dv.template add<T>(weight, params.call.dout, params.call.dout.offset(batch, head, i), column,
+                         int(p.dim_v));
+    }
+  }
+  warp_barrier();
+  dk.template store<T>(dk_tile, r, float(p.score.scale));
+  dv.template store<T>(dv_tile, r, 1.0f);
+}
+
+}  // namespace fae::cuda

@@ -1,0 +1,196 @@
+// Matrix operands of one warp, in the registers that mma.sync wants them in.
+//
+// A `step` is the depth of one instruction: 16 for 16-bit types, 8 for fp32. "rows" operands
+// lie in shared memory with the depth along a row, "columns" operands with the depth down a
+// column. For 16-bit types ldmatrix serves both. It cannot transpose 32-bit elements, so
+// for fp32 columns operands are read one by one, and their depths in the order 0, 2, 4, 6,
+// 1, 3, 5, 7: the order in which an accumulator is an A operand. A sum does not mind.
+#pragma once
+
+#include "cuda/prim/convert.h"
+#include "cuda/prim/ldmatrix.h"
+#include "cuda/prim/mma_sm80.h"
+#include "cuda/tile/smem_tile.h"
+
+namespace fae::cuda {
+
+// 16 x 8 accumulator; element (row, column) = (lane / 4 + 8 (e / 2), 2 (lane % 4) + e % 2).
+using FragC = float[4];
+
+// Two elements of a row, the first at an even column, rounded to T.
+template <class T, int kRows, int kCols>
+FAE_DEVICE void store_pair(SmemTile<T, kRows, kCols> tile, int row, int column, float x, float y) {
+  if constexpr (sizeof(T) == 2) {
+    store_shared(tile.at(row, column).template as<uint32_t>(), pack_pair(T{}, x, y));
+  } else {
+    struct alignas(8) Pair { T x, y; };
+    store_shared(tile.at(row, column).template as<Pair>(), Pair{x, y});
+  }
+}
+
+template <class T>
+struct Mma {  // 16-bit types
+  static constexpr int kStep = 16;
+  struct A { uint32_t reg[4]; };  // 16 rows x kStep
+  struct B { uint32_t reg[2]; };  // kStep x 8 columns
+
+  static FAE_DEVICE void multiply(FragC& d, const A& a, const B& b, bool /*fast*/) {
+    if constexpr (DTypeOf<T>::value == DType::kBFloat16) mma_m16n8k16_bf16(d, a.reg, b.reg);
+    else mma_m16n8k16_f16(d, a.reg, b.reg);
+  }
+
+  // Where a lane's part of an operand begins, for one that begins at (row, depth 0); the
+  // loads below add multiples of 16 to it.
+  template <class Tile>
+  static FAE_DEVICE Smem<std::byte> a_rows(const Tile& tile, int row) {
+    return tile.chunk(row + lane_index() % 16, lane_index() / 16);
+  }
+  template <class Tile>
+  static FAE_DEVICE Smem<std::byte> a_columns(const Tile& tile, int row) {
+    const int lane = lane_index();
+    return Tile::move(tile.chunk(lane % 8 + lane / 16 * 8, lane / 8 % 2), 0, row / 8);
+  }
+  template <class Tile>
+  static FAE_DEVICE Smem<std::byte> b_rows(const Tile& tile, int column) {
+    const int lane = lane_index();
+    return tile.chunk(column + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  }
+  template <class Tile>
+  static FAE_DEVICE Smem<std::byte> b_columns(const Tile& tile) {
+    return tile.chunk(lane_index() % 16, lane_index() / 16);
+  }
+
+  template <class Tile>
+  static FAE_DEVICE void load_a_rows(A& a, Smem<std::byte> lane, int row, int depth, bool) {
+    ldmatrix_x4(a.reg, Tile::move(lane, row, depth / 8));
+  }
+  template <class Tile>
+  static FAE_DEVICE void load_a_columns(A& a, Smem<std::byte> lane, int depth, int row, bool) {
+    ldmatrix_x4_transposed(a.reg, Tile::move(lane, depth, row / 8));
+  }
+  // Two operands side by side: columns [column, column + 8) and the next 8.
+  template <class Tile>
+  static FAE_DEVICE void load_b_rows(B (&b)[2], Smem<std::byte> lane, int column, int depth, bool) {
+    uint32_t reg[4];
+    ldmatrix_x4(reg, Tile::move(lane, column, depth / 8));
+    set(b, reg);
+  }
+  template <class Tile>
+  static FAE_DEVICE void load_b_columns(B (&b)[2], Smem<std::byte> lane, int depth, int column, bool) {
+    uint32_t reg[4];
+    ldmatrix_x4_transposed(reg, Tile::move(lane, depth, column / 8));
+    set(b, reg);
+  }
+
+  // Columns [kStep step, kStep (step + 1)) of an accumulator, rounded to T.
+  template <int kN>
+  static FAE_DEVICE void from_accumulator(A& a, const FragC (&c)[kN], int step, bool) {
+    a.reg[0] = pack_pair(T{}, c[2 * step][0], c[2 * step][1]);
+    a.reg[1] = pack_pair(T{}, c[2 * step][2], c[2 * step][3]);
+    a.reg[2] = pack_pair(T{}, c[2 * step + 1][0], c[2 * step + 1][1]);
+    a.reg[3] = pack_pair(T{}, c[2 * step + 1][2], c[2 * step + 1][3]);
+  }
+
+ private:
+  static FAE_DEVICE void set(B (&b)[2], const uint32_t (&reg)[4]) {
+    b[0].reg[0] = reg[0];
+    b[0].reg[1] = reg[1];
+    b[1].reg[0] = reg[2];
+    b[1].reg[1] = reg[3];
+  }
+};
+
+// fp32 by TF32: x = high + low, and high high + high low + low high is all but 2^-22 of the
+// product. `fast`: high high alone.
+template <>
+struct Mma<float> {
+  static constexpr int kStep = 8;
+  template <int kRegs>
+  struct Split {
+    uint32_t high[kRegs], low[kRegs];
+
+    FAE_DEVICE void set(int i, float x, bool fast) {
+      high[i] = to_tf32(x);
+      if (!fast) {
+        const float rest = x - bit_cast<float>(high[i]);
+        low[i] = to_tf32(rest);
+      }
+    }
+  };
+  using A = Split<4>;
+  using B = Split<2>;
+
+  static FAE_DEVICE void multiply(FragC& d, const A& a, const B& b, bool fast) {
+    if (!fast) {
+      mma_m16n8k8_tf32(d, a.low, b.high);
+      mma_m16n8k8_tf32(d, a.high, b.low);
+    }
+    mma_m16n8k8_tf32(d, a.high, b.high);
+  }
+
+  template <class Tile>
+  static FAE_DEVICE Smem<std::byte> a_rows(const Tile& tile, int row) {
+    return tile.chunk(row + lane_index() % 16, lane_index() / 16);
+  }
+  template <class Tile>
+  static FAE_DEVICE Smem<std::byte> b_rows(const Tile& tile, int column) {
+    const int lane = lane_index();
+    return tile.chunk(column + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  }
+  template <class Tile>
+  static FAE_DEVICE Smem<std::byte> b_columns(const Tile& tile) {
+    const int g = lane_index() / 4, t = lane_index() % 4;
+    return tile.at(2 * t, g).template as<std::byte>();
+  }
+  template <class Tile>
+  static FAE_DEVICE Smem<std::byte> a_columns(const Tile& tile, int row) {
+    return Tile::move(b_columns(tile), 0, row / 4);
+  }
+
+  template <class Tile>
+  static FAE_DEVICE void load_a_rows(A& a, Smem<std::byte> lane, int row, int depth, bool fast) {
+    uint32_t reg[4];
+    ldmatrix_x4(reg, Tile::move(lane, row, depth / 4));
+    FAE_UNROLL
+    for (int i = 0; i < 4; ++i) a.set(i, bit_cast<float>(reg[i]), fast);
+  }
+  template <class Tile>
+  static FAE_DEVICE void load_a_columns(A& a, Smem<std::byte> lane, int depth, int row, bool fast) {
+    FAE_UNROLL
+    for (int i = 0; i < 4; ++i) a.set(i, load_column<Tile>(lane, depth, row + i % 2 * 8, i / 2), fast);
+  }
+  template <class Tile>
+  static FAE_DEVICE void load_b_rows(B (&b)[2], Smem<std::byte> lane, int column, int depth, bool fast) {
+    uint32_t reg[4];
+    ldmatrix_x4(reg, Tile::move(lane, column, depth / 4));
+    FAE_UNROLL
+    for (int i = 0; i < 4; ++i) b[i / 2].set(i % 2, bit_cast<float>(reg[i]), fast);
+  }
+  template <class Tile>
+  static FAE_DEVICE void load_b_columns(B (&b)[2], Smem<std::byte> lane, int depth, int column, bool fast) {
+    FAE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      b[i / 2].set(i % 2, load_column<Tile>(lane, depth, column + i / 2 * 8, i % 2), fast);
+    }
+  }
+
+  template <int kN>
+  static FAE_DEVICE void from_accumulator(A& a, const FragC (&c)[kN], int step, bool fast) {
+    a.set(0, c[step][0], fast);
+    a.set(1, c[step][2], fast);
+    a.set(2, c[step][1], fast);
+    a.set(3, c[step][3], fast);
+  }
+
+ private:
+  // Element (2 t + odd, g) of the 8 x 8 block at (depth, column).
+  template <class Tile>
+  static FAE_DEVICE float load_column(Smem<std::byte> lane, int depth, int column, int odd) {
+    Smem<std::byte> at = Tile::move(lane, depth, column / 4);
+    // Row 2 t + 1 is one row down, and its chunks are swizzled by one bit more.
+    if (odd) at = Smem<std::byte>{at.address ^ 16u} + Tile::kChunks * 16;
+    return load_shared(at.template as<float>());
+  }
+};
+
+}  // namespace fae::cuda

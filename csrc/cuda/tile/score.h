@@ -1,0 +1,220 @@
+// From dot products to scores: scale, softcap, bias, band, lengths and bool mask on the
+// accumulators of one warp.
+#pragma once
+
+#include "cuda/params.h"
+#include "cuda/prim/global.h"
+#include "cuda/tile/frag.h"
+#include "cuda/tile/rows.h"
+
+namespace fae::cuda {
+
+constexpr float kHidden = -__builtin_inff();
+constexpr float kLog2E = 1.4426950408889634f;
+
+// A bias of any dtype in fp32. A finite value stays finite: only -inf hides.
+FAE_DEVICE float load_bias(const void* data, DType dtype, int64_t index) {
+  switch (dtype) {
+    case DType::kFloat16: return to_float(load_global(static_cast<const Float16*>(data) + index));
+    case DType::kBFloat16: return to_float(load_global(static_cast<const BFloat16*>(data) + index));
+    case DType::kFloat32: return load_global(static_cast<const float*>(data) + index);
+    default: break;
+  }
+  const double x = load_global(static_cast<const double*>(data) + index);
+  constexpr double kLargest = 3.4028234663852886e+38;
+  if (x - x != 0) return float(x);
+  return float(x < -kLargest ? -kLargest : x > kLargest ? kLargest : x);
+}
+
+// Where a tile of scores lies: packed query rows x keys from `key` on, of one K/V head.
+struct ScoreTile {
+  const Problem& problem;
+  const ScoreScale& scale;
+  int batch;
+  int head;  // first query head of the group
+  PackedRows rows;
+  int row_count;  // rows of the tile that exist
+  int key;
+  int kv_length;
+
+  // Keys that row r sees by band and length, relative to `key`; empty for a row that does
+  // not exist.
+  FAE_DEVICE void visible(int r, int* begin, int* end) const {
+    const int i = rows.query(r);
+    const KeyRange seen = visible_keys(problem.masking.band, kv_length, i, i + 1);
+    *begin = int((seen.begin < seen.end ? seen.begin : seen.end) - key);
+    *end = r < row_count ? int(seen.end) - key : *begin;
+  }
+  // Element offset of (row r, `key` + column) in a mask or bias.
+  FAE_DEVICE int64_t offset(const View4& view, int r, int column) const {
+    return view.offset(batch, head + rows.head(r), rows.query(r)) + int64_t(key + column) * view.stride[3];
+  }
+};
+
+// Below, an accumulator begins at `row` and `column` of a tile. Its rows are packed query
+// rows and its columns keys; kTransposed: the other way round.
+
+// Hides what band and length do.
+template <bool kTransposed, int kM, int kN>
+FAE_DEVICE void hide_outside(FragC (&s)[kM][kN], const ScoreTile& tile, int row, int column) {
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  if constexpr (!kTransposed) {
+    FAE_UNROLL
+    for (int m = 0; m < kM; ++m) {
+      FAE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        int begin, end;
+        tile.visible(row + 16 * m + 8 * half + g, &begin, &end);
+        FAE_UNROLL
+        for (int n = 0; n < kN; ++n) {
+          FAE_UNROLL
+          for (int e = 0; e < 2; ++e) {
+            const int j = column + 8 * n + 2 * t + e;
+            if (j < begin || j >= end) s[m][n][2 * half + e] = kHidden;
+          }
+        }
+      }
+    }
+  } else {
+    static_assert(kM == 1);
+    FAE_UNROLL
+    for (int n = 0; n < kN; ++n) {
+      FAE_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        int begin, end;
+        tile.visible(column + 8 * n + 2 * t + e, &begin, &end);
+        FAE_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const int j = row + 8 * half + g;
+          if (j < begin || j >= end) s[0][n][2 * half + e] = kHidden;
+        }
+      }
+    }
+  }
+}
+
+// fn(x, offset, pitch) for the visible elements x of an accumulator and their offsets in `view`.
+template <bool kTransposed, int kM, int kN, class Fn>
+FAE_DEVICE void for_each_visible(FragC (&s)[kM][kN], const View4& view, const ScoreTile& tile, int row,
+                                 int column, Fn&& fn) {
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  const int64_t pitch = view.stride[3];
+  if constexpr (!kTransposed) {
+    FAE_UNROLL
+    for (int m = 0; m < kM; ++m) {
+      FAE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int64_t start = tile.offset(view, row + 16 * m + 8 * half + g, column + 2 * t);
+        FAE_UNROLL
+        for (int n = 0; n < kN; ++n) {
+          FAE_UNROLL
+          for (int e = 0; e < 2; ++e) {
+            float& x = s[m][n][2 * half + e];
+            if (x != kHidden) fn(x, start + (8 * n + e) * pitch);
+          }
+        }
+      }
+    }
+  } else {
+    FAE_UNROLL
+    for (int n = 0; n < kN; ++n) {
+      FAE_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const int64_t start = tile.offset(view, column + 8 * n + 2 * t + e, row + g);
+        FAE_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          float& x = s[0][n][2 * half + e];
+          if (x != kHidden) fn(x, start + 8 * half * pitch);
+        }
+      }
+    }
+  }
+}
+
+struct Score {
+  float value;  // as kernels hold it (see ScoreScale); -inf when hidden
+  float slope;  // d score / d (scale * dot)
+};
+
+// Scale and softcap of one dot product.
+FAE_DEVICE Score cap_score(float dot, const ScoreScale& scale, float cap) {
+  const float x = dot * scale.modified_scale;
+  if (!(cap > 0)) return {x, 1};
+  const float capped = softcap_score(x, cap);
+  return {capped, softcap_slope(capped, cap)};
+}
+
+// Dot products become scores, -inf where hidden. `partial`: band or length cut the tile. With
+// kModified, `slope` (if there is one) receives d score / d (scale * dot).
+template <bool kModified, bool kTransposed, int kM, int kN>
+FAE_DEVICE void finish_scores(FragC (&s)[kM][kN], FragC (*slope)[kN], const ScoreTile& tile, int row,
+                              int column, bool partial) {
+  const Problem& p = tile.problem;
+  if constexpr (kModified) {
+    const float cap = float(p.score.softcap);
+    FAE_UNROLL
+    for (int m = 0; m < kM; ++m) {
+      FAE_UNROLL
+      for (int n = 0; n < kN; ++n) {
+        FAE_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          const Score score = cap_score(s[m][n][e], tile.scale, cap);
+          s[m][n][e] = score.value;
+          if (slope) slope[m][n][e] = score.slope;
+        }
+      }
+    }
+  }
+  // Rows and keys that do not exist are hidden first: nothing is read for them below.
+  const View4& mask = p.masking.mask;
+  if (partial || mask.present() || (kModified && p.score.bias.present())) {
+    hide_outside<kTransposed>(s, tile, row, column);
+  }
+  if (mask.present()) {
+    const auto* data = static_cast<const uint8_t*>(mask.data);
+    for_each_visible<kTransposed>(s, mask, tile, row, column, [data](float& x, int64_t at) {
+      if (load_global(data + at) == 0) x = kHidden;
+    });
+  }
+  if constexpr (kModified) {
+    const View4& bias = p.score.bias;
+    if (!bias.present()) return;
+    const auto add = [](float& x, float y) { x = y == kHidden ? kHidden : x + y; };
+    const DType dtype = p.score.bias_dtype;
+    if (dtype == DType::kFloat32) {
+      const auto* data = static_cast<const float*>(bias.data);
+      for_each_visible<kTransposed>(s, bias, tile, row, column,
+                                    [=](float& x, int64_t at) { add(x, load_global(data + at)); });
+    } else if (dtype == DType::kBFloat16) {
+      const auto* data = static_cast<const BFloat16*>(bias.data);
+      for_each_visible<kTransposed>(s, bias, tile, row, column,
+                                    [=](float& x, int64_t at) { add(x, to_float(load_global(data + at))); });
+    } else {
+      for_each_visible<kTransposed>(s, bias, tile, row, column, [=, &bias](float& x, int64_t at) {
+        add(x, load_bias(bias.data, dtype, at));
+      });
+    }
+  }
+}
+
+// Score of the first row of `tile` and key `tile.key`.
+template <bool kModified>
+FAE_DEVICE Score pair_score(float dot, const ScoreTile& tile) {
+  const Problem& p = tile.problem;
+  const View4 &mask = p.masking.mask, &bias = p.score.bias;
+  int begin, end;
+  tile.visible(0, &begin, &end);
+  const bool seen =
+      begin <= 0 && end > 0 &&
+      (!mask.present() || load_global(static_cast<const uint8_t*>(mask.data) + tile.offset(mask, 0, 0)) != 0);
+  if (!seen) return {kHidden, 1};
+  if (!kModified) return {dot, 1};
+  Score score = cap_score(dot, tile.scale, float(p.score.softcap));
+  if (bias.present()) {
+    const float y = load_bias(bias.data, p.score.bias_dtype, tile.offset(bias, 0, 0));
+    score.value = y == kHidden ? kHidden : score.value + y;
+  }
+  return score;
+}
+
+}  // namespace fae::cuda
