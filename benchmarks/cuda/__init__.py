@@ -1,0 +1,1 @@
+"""Tests, checks and timings of the CUDA kernels on a card, in one command: see `__main__`."""
