@@ -186,7 +186,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns (dq, dk, dv, dbias); dbias is an empty (0,) tensor when not asked for.
 
-    With p = exp(s - lse), dp = dout v^T and delta = rowsum(dout * out) - dlse:
+    With p = exp(s - lse), dp = dout v^T and delta = rowsum(p * dp) - dlse, rows of p adding up to 1:
     dv = p^T dout, ds = p * (dp - delta), dq = scale ds k, dk = scale ds^T q.
     """
     p = Problem.make(
@@ -201,59 +201,91 @@ def backward(
         row_shape = (p.q.shape[0], -1, p.q.shape[3], 1)
         lse = lse.reshape(row_shape)
         dlse = None if dlse is None else dlse.reshape(row_shape)
-        out, dout = heads_first(out, layout), heads_first(dout, layout)
+        dout = heads_first(dout, layout)
         safe = all(map(is_finite, (p.q, p.k, p.v, dout)))
         with no_autocast(q.device):
             for q0, q1 in tiles.query_blocks():
                 dout_block = tiles.query_rows(dout, q0, q1)
-                delta = (dout_block * tiles.query_rows(out, q0, q1)).sum(-1, keepdim=True)
-                if dlse is not None:
-                    delta -= tiles.query_rows(dlse, q0, q1)
-                lse_block = p.rows(lse)[..., q0:q1, :]
-                _backward_rows(tiles, q0, q1, dout_block, lse_block, delta, grads, safe, need_bias_grad)
+                dlse_block = None if dlse is None else tiles.query_rows(dlse, q0, q1)
+                rows = _Rows(tiles, q0, q1, dout_block, p.rows(lse)[..., q0:q1, :])
+                _backward_rows(rows, dlse_block, grads, safe, need_bias_grad)
     dbias = dbias.view(bias.shape).to(bias.dtype) if need_bias_grad else dbias
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dbias
 
 
-def _backward_rows(
-    tiles: _Tiles,
-    q0: int,
-    q1: int,
-    dout: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    grads: tuple[Tensor, Tensor, Tensor, Tensor],
-    safe: bool,
-    need_bias_grad: bool,
-) -> None:
-    """Adds what queries [q0, q1) contribute to `grads`: dq, dk, dv, dbias in canonical axes."""
-    p = tiles.problem
-    dq, dk, dv, dbias = grads
-    q = p.q[..., q0:q1, :].to(tiles.dtype)
-    group = q.shape[2]
-    lse = lse.masked_fill(lse == -math.inf, 0)
-    lse_high = lse.to(tiles.dtype)
-    lse_low = (lse - lse_high).to(tiles.dtype)  # what a narrower type loses would show in every weight
-    for k0, k1 in tiles.key_blocks(q0, q1):
-        tile = (q0, q1, k0, k1)
-        k, v = (t[:, :, k0:k1].to(tiles.dtype) for t in (p.k, p.v))
-        s, visible, slope = tiles.scores(q, k, tile)
-        weights = s.sub_(lse_high).sub_(lse_low).exp_()
-        ds = _unfold(_fold(dout) @ v.mT, group).sub_(delta).mul_(weights)
-        seen = None
+class _Rows:
+    """Queries [q0, q1) in the backward pass."""
+
+    def __init__(self, tiles: _Tiles, q0: int, q1: int, dout: Tensor, lse: Tensor):
+        self.tiles, self.q0, self.q1, self.dout = tiles, q0, q1, dout
+        self.q = tiles.problem.q[..., q0:q1, :].to(tiles.dtype)
+        lse = lse.masked_fill(lse == -math.inf, 0)
+        self.lse_high = lse.to(tiles.dtype)
+        # What a narrower type loses would show in every weight.
+        self.lse_low = (lse - self.lse_high).to(tiles.dtype)
+
+    def against(
+        self, k: Tensor, v: Tensor, k0: int, k1: int
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """p and dp, 0 where hidden, then what `_Tiles.scores` tells of the tile: visible, slope."""
+        s, visible, slope = self.tiles.scores(self.q, k, (self.q0, self.q1, k0, k1))
+        weights = s.sub_(self.lse_high).sub_(self.lse_low).exp_()
+        dp = _unfold(_fold(self.dout) @ v.mT, self.q.shape[2])
         if visible is not None:
             # A row that sees a NaN is NaN where it looks, and still 0 where it does not.
             hidden = ~visible
             weights.masked_fill_(hidden, 0)
-            ds.masked_fill_(hidden, 0)
-            seen = None if safe else _fold(visible.expand_as(s))
+            dp.masked_fill_(hidden, 0)
+        return weights, dp, visible, slope
+
+
+def _backward_rows(
+    rows: _Rows,
+    dlse: Tensor | None,
+    grads: tuple[Tensor, Tensor, Tensor, Tensor],
+    safe: bool,
+    need_bias_grad: bool,
+) -> None:
+    """Adds what these queries contribute to `grads`: dq, dk, dv, dbias in canonical axes."""
+    tiles, q0, q1, group = rows.tiles, rows.q0, rows.q1, rows.q.shape[2]
+    p = tiles.problem
+    dq, dk, dv, dbias = grads
+
+    def keys(k0: int, k1: int) -> tuple[Tensor, Tensor]:
+        return tuple(t[:, :, k0:k1].to(tiles.dtype) for t in (p.k, p.v))
+
+    # A pass of its own for what each row adds up to. rowsum(dout * out) would do for delta, but is
+    # rounded otherwise than dp: where few keys have all the weight, dp - delta would be what the two
+    # leave. And weights from a log-sum-exp of -1e38 do not add up to 1: its logarithm is rounded away.
+    blocks = list(tiles.key_blocks(q0, q1))
+    delta, total = torch.zeros_like(rows.lse_high), torch.zeros_like(rows.lse_high)
+    tile = None
+    for block in blocks:
+        tile = rows.against(*keys(*block), *block)
+        delta += (tile[0] * tile[1]).sum(-1, keepdim=True)
+        total += tile[0].sum(-1, keepdim=True)
+    total.masked_fill_(total == 0, 1)
+    delta.div_(total)
+    if dlse is not None:
+        delta -= dlse
+    for block in blocks:
+        k, v = keys(*block)
+        weights, dp, visible, slope = rows.against(k, v, *block) if len(blocks) > 1 else tile
+        weights.div_(total)
+        ds = dp.sub_(delta).mul_(weights)
+        seen = None
+        if visible is not None:
+            weights.masked_fill_(~visible, 0)
+            ds.masked_fill_(~visible, 0)
+            seen = None if safe else _fold(visible.expand_as(ds))
         seen_t = None if seen is None else seen.mT
         if need_bias_grad:
-            slot = tile_of(dbias, *tile)
+            slot = tile_of(dbias, q0, q1, *block)
             slot += ds.sum_to_size(slot.shape)
         if slope is not None:
-            ds.mul_(slope if visible is None else slope.masked_fill_(hidden, 0))
+            ds.mul_(slope if visible is None else slope.masked_fill_(~visible, 0))
         ds = _fold(ds).mul_(p.scale)
-        dv[:, :, k0:k1] += contract(_fold(weights).mT, seen_t, _fold(dout))
-        dk[:, :, k0:k1] += contract(ds.mT, seen_t, _fold(q))
+        k0, k1 = block
+        dv[:, :, k0:k1] += contract(_fold(weights).mT, seen_t, _fold(rows.dout))
+        dk[:, :, k0:k1] += contract(ds.mT, seen_t, _fold(rows.q))
         dq[..., q0:q1, :] += _unfold(contract(ds, seen, k), group)

@@ -18,6 +18,8 @@ class _SeenProduct(torch.autograd.Function):
     """weights @ values for weights that are 0 where `seen` is False, and nothing of what is
     not seen enters the product or its gradients. (..., rows, keys) @ (..., keys, columns)."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(weights, seen, values):
         return contract(weights, seen, values)
@@ -35,6 +37,8 @@ class _SeenProduct(torch.autograd.Function):
 class _SeenScores(torch.autograd.Function):
     """q @ k^T; what is not seen, which the caller overwrites, gets no gradient and gives none."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(q, k, seen):
         return q @ k.mT
@@ -48,6 +52,25 @@ class _SeenScores(torch.autograd.Function):
         q, k, seen = ctx.saved_tensors
         grad = grad.masked_fill(~seen, 0)
         return contract(grad, seen, k), contract(grad.mT, seen.mT, q), None
+
+
+class _Narrowed(torch.autograd.Function):
+    """t.to(dtype), finite where t is: finfo.min of a wider bias is a low score, and only -inf hides."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(t, dtype):
+        limit = torch.finfo(dtype).max
+        return t.clamp(-limit, limit).where(t.isfinite(), t).to(dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.to(ctx.dtype), None
 
 
 def attention(
@@ -72,7 +95,7 @@ def attention(
     )
     if not p.has_work():
         # Sums over nothing: zeros that autograd knows to depend on the inputs.
-        zero = sum(t[..., :0].sum() for t in (q, k, v))
+        zero = sum(t[None][:0].sum() for t in (q, k, v, bias) if t is not None)
         lse = q.new_full(lse_shape(q, layout) if return_lse else (0,), -math.inf, dtype=lse_dtype(q))
         return q.new_zeros(*q.shape[:-1], v.shape[-1]) + zero, lse + zero
     with no_autocast(q.device):
@@ -98,7 +121,7 @@ def _unfused(p: Problem, dtype: torch.dtype, lse_dtype: torch.dtype | None) -> t
     if p.softcap:
         s = torch.tanh(s / p.softcap) * p.softcap
     if p.bias is not None:
-        s = (s.view(shape) + p.bias).to(dtype).flatten(2, 3)
+        s = _Narrowed.apply(s.view(shape) + p.bias, dtype).flatten(2, 3)
     if visible is None:
         out = torch.softmax(s, -1) @ p.v
     else:

@@ -80,6 +80,12 @@ def target(request, monkeypatch, steady) -> Target:
     return _activate(request.param, monkeypatch)
 
 
+@pytest.fixture(params=[*TARGETS, STANDARD], ids=lambda t: t.name)
+def any_target(request, monkeypatch, steady) -> Target:
+    """As `target`, and the unfused baseline, for rules that hold there too."""
+    return _activate(request.param, monkeypatch)
+
+
 @pytest.fixture(params=CPU_TARGETS, ids=lambda t: t.name)
 def cpu_target(request, monkeypatch, steady) -> Target:
     """Each instruction set of the machine."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Case, Inputs, build
+from conftest import STANDARD
 from harness import complaints, expectations, run
 from reference import attend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flash_attn_ext as fae
 
@@ -41,7 +43,8 @@ def hiding(name: str, layout: str = "bshd") -> Case:
 def check(dirty: Inputs, clean: Inputs, backend: str):
     """Against the fp64 rules, with the error that the unfused computation makes on the clean inputs."""
     exact = attend(dirty.q, dirty.k, dirty.v, dout=dirty.dout, dlse=dirty.dlse, **dirty.kwargs())
-    _, errors = expectations([clean, *(build(clean.case, clean.q.dtype, n) for n in (1, 2))])
+    how = {"lse_dtype": clean.q.dtype} if backend == STANDARD.backend else {}  # see test_standard_backend
+    _, errors = expectations([clean, *(build(clean.case, clean.q.dtype, n) for n in (1, 2))], **how)
     found = complaints(run(dirty, backend), dirty, exact, errors)
     assert not found, "\n".join(found)
 
@@ -57,7 +60,7 @@ def poison(x: torch.Tensor, rows: torch.Tensor, layout: str, value: float) -> to
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16], ids=str)
 @pytest.mark.parametrize("hide", HIDING)
-def test_hidden_keys_and_values_are_not_read(hide, dtype, target):
+def test_hidden_keys_and_values_are_not_read(hide, dtype, any_target):
     """NaN and Inf in every key and value that no query of its group sees, and in every row that sees nothing."""
     layout = "bhsd" if dtype == torch.float32 else "bshd"
     clean = build(hiding(hide, layout), dtype)
@@ -71,15 +74,15 @@ def test_hidden_keys_and_values_are_not_read(hide, dtype, target):
         dirty.q = poison(dirty.q, blind, layout, value)
         dirty.dout = poison(dirty.dout, blind, layout, value)
         dirty.dlse = dirty.dlse.masked_fill(blind, value)
-        got, expected = run(dirty, target.backend), run(clean, target.backend)
+        got, expected = run(dirty, any_target.backend), run(clean, any_target.backend)
         for name in got:
             assert torch.equal(got[name], expected[name]), (name, value)
-    check(dirty, clean, target.backend)
+    check(dirty, clean, any_target.backend)
 
 
 @pytest.mark.parametrize("where", ["k", "v", "kv", "q", "dout", "dlse"])
 @pytest.mark.parametrize("hide", HIDING)
-def test_a_visible_nan_touches_only_the_rows_that_see_it(hide, where, target):
+def test_a_visible_nan_touches_only_the_rows_that_see_it(hide, where, any_target):
     """In partially masked tiles too, forward and backward."""
     clean, dirty = build(hiding(hide), torch.float32), build(hiding(hide), torch.float32)
     keys, queries = torch.zeros(2, 2, 70, dtype=torch.bool), torch.zeros(2, 4, 45, dtype=torch.bool)
@@ -92,7 +95,7 @@ def test_a_visible_nan_touches_only_the_rows_that_see_it(hide, where, target):
         setattr(dirty, where, poison(getattr(dirty, where), queries, "bshd", NAN))
     if where == "dlse":
         dirty.dlse = dirty.dlse.masked_fill(queries, NAN)
-    check(dirty, clean, target.backend)
+    check(dirty, clean, any_target.backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -122,7 +125,7 @@ def test_partly_visible_values_are_hidden_from_the_others(where, value, target):
 
 @pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_rows_at_finfo_min_give_the_mean_of_v(dtype, bias_dtype, target):
+def test_rows_at_finfo_min_give_the_mean_of_v(dtype, bias_dtype, any_target):
     """The way many models write masks; the size of finfo.min in fp32 stays finite in base-2 scores too."""
     if bias_dtype == torch.float64 and dtype != torch.float64:
         low = torch.finfo(torch.float32).min
@@ -132,29 +135,64 @@ def test_rows_at_finfo_min_give_the_mean_of_v(dtype, bias_dtype, target):
     inputs.bias = torch.zeros(20, 70, dtype=bias_dtype)
     inputs.bias[4:9] = low
     inputs.bias[9:, 30:] = low
-    got = fae.flash_attention(inputs.q, inputs.k, inputs.v, bias=inputs.bias, backend=target.backend)
+    got = fae.flash_attention(inputs.q, inputs.k, inputs.v, bias=inputs.bias, backend=any_target.backend)
     mean = inputs.v.double().mean(1).repeat_interleave(2, 1)[:, None].expand(1, 5, 4, 16)
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float64: 1e-14}[dtype]
     torch.testing.assert_close(got[:, 4:9].double(), mean, rtol=0, atol=tolerance)
-    cut = fae.flash_attention(inputs.q[:, 9:], inputs.k[:, :30], inputs.v[:, :30], backend=target.backend)
+    cut = fae.flash_attention(inputs.q[:, 9:], inputs.k[:, :30], inputs.v[:, :30], backend=any_target.backend)
     torch.testing.assert_close(got[:, 9:], cut, rtol=0, atol=max(tolerance, 5e-7))
 
 
+@pytest.mark.parametrize("low", ["min", -1e9, -6e4], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_gradients_of_rows_at_a_low_bias(dtype, low, any_target):
+    """Where the log-sum-exp cannot hold the logarithm of the sum, every key still has its share, and no more."""
+    if dtype == torch.float16 and low == -1e9:
+        low = -3e4  # what float16 holds
+    elif low == "min":
+        low = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).min
+    case = Case("low", heads=(4, 2), seq=(20, 400), dim=(16, 24), bias="1hqk")
+    draws = [build(case, dtype, draw) for draw in range(3)]
+    for inputs in draws:
+        inputs.bias[:, :, 4:9] = low
+        inputs.bias[:, 1:, 9:, 30:] = low
+    how = {"lse_dtype": dtype} if any_target == STANDARD else {}
+    found = complaints(run(draws[0], any_target.backend), draws[0], *expectations(draws, **how))
+    assert not found, "\n".join(found)
+
+
+def test_a_bias_beyond_the_range_of_the_inputs_is_low_and_visible(any_target):
+    """float16 cannot hold -1e6: two keys at that bias share their row, forward and backward."""
+    case = Case("beyond", heads=(2, 2), seq=(1, 2), dim=(8, 8), bias="hqk", bias_dtype="float32")
+    inputs = build(case, torch.float16)
+    inputs.q, inputs.bias = torch.zeros_like(inputs.q), torch.full_like(inputs.bias, -1e6)
+    got = run(inputs, any_target.backend)
+    torch.testing.assert_close(got["out"], inputs.v.mean(1, keepdim=True), rtol=0, atol=2e-3)
+    dp = torch.einsum("bqhd,bkhd->hqk", inputs.dout.double(), inputs.v.double())
+    share = (dp - dp.mean(-1, keepdim=True) + inputs.dlse[0, :, :, None].double()) / 2
+    torch.testing.assert_close(got["dbias"].double(), share, rtol=0, atol=5e-3)
+
+
 def test_rows_at_finfo_min_as_torch_has_them(target):
-    """The same through the gradients, next to torch's own SDPA."""
+    """The same next to torch's own unfused SDPA."""
     q, k, v = (torch.randn(1, 2, n, 16) for n in (12, 40, 40))
     bias = torch.zeros(12, 40)
     bias[3:5] = torch.finfo(torch.float32).min
+
+    def torch_sdpa(q, k, v):
+        with sdpa_kernel(SDPBackend.MATH):  # its flash kernel lets such a row's weights add up to 40
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+    def ours(q, k, v):
+        return fae.flash_attention(q, k, v, layout="bhsd", bias=bias, backend=target.backend)
+
     grads = []
-    for fn in (
-        lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias),
-        lambda q, k, v: fae.flash_attention(q, k, v, layout="bhsd", bias=bias, backend=target.backend),
-    ):
+    for fn in (torch_sdpa, ours):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         out = fn(*leaves)
         grads.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
-    for theirs, ours in zip(*grads, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
 
 
 def test_fully_hidden_rows(target):

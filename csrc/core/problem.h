@@ -78,10 +78,12 @@ struct BackwardCall {
   View4 dout;                  // same shape
   const void* lse = nullptr;   // (batch, heads_q, seq_q) contiguous, in lse_dtype()
   const void* dlse = nullptr;  // same shape, or none
-  View4 dq;                    // (batch, heads_q, seq_q, dim)
-  View4 dk;                    // (batch, heads_kv, seq_kv, dim)
-  View4 dv;                    // (batch, heads_kv, seq_kv, dim_v)
-  View4 dbias;                 // bias's own shape (stride 0 where it broadcasts), score.bias_dtype; or none
+  // What rounding took from lse, to be added to it; same shape and type. None: nothing.
+  const void* lse_low = nullptr;
+  View4 dq;     // (batch, heads_q, seq_q, dim)
+  View4 dk;     // (batch, heads_kv, seq_kv, dim)
+  View4 dv;     // (batch, heads_kv, seq_kv, dim_v)
+  View4 dbias;  // bias's own shape (stride 0 where it broadcasts), score.bias_dtype; or none
   int64_t dbias_shape[4] = {0, 0, 0, 0};
 };
 

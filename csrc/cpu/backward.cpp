@@ -54,20 +54,32 @@ void run_chunks(const BackwardCall& call, const Plan& plan, const BackwardKernel
 
 }  // namespace
 
-void backward(const BackwardCall& call, const Plan& plan, const Executor& executor) {
-  const DTypeKernels& kernels = kernels_for(plan.isa, call.problem.dtype);
+void backward(const BackwardCall& given, const Plan& plan, const Executor& executor) {
+  const DTypeKernels& kernels = kernels_for(plan.isa, given.problem.dtype);
   Executor limited = executor;
   limited.threads = plan.threads;
   const Workspace workspace(plan.worker_bytes * size_t(plan.threads));
+  const auto own = [&](int worker) { return workspace.data() + size_t(worker) * plan.worker_bytes; };
+
+  BackwardCall call = given;
+  const Problem& p = call.problem;
+  const bool far_rows = plan.tasks > 0 && p.seq_kv > 0 && kernels.log_sum.needed(call);
+  const int64_t rows = p.batch * p.heads_q * p.seq_q;
+  const Workspace lse_low(far_rows ? size_t(rows) * size_of(lse_dtype(p.dtype)) : 0);
+  if (far_rows) {
+    for_each_task(limited, kernels.log_sum.tasks(call, plan), [&](int worker, int64_t task) {
+      kernels.log_sum.run(call, plan, task, lse_low.data(), own(worker));
+    });
+    call.lse_low = lse_low.data();
+  }
   if (plan.tasks > 0) {
     const Workspace shared(plan.shared_bytes);
     if (plan.chunks == 1) run_heads(call, plan, kernels.backward, workspace.data(), limited);
     else run_chunks(call, plan, kernels.backward, workspace.data(), shared.data(), limited);
   }
   if (call.dbias.present()) {
-    for_each_task(limited, kernels.bias_grad.tasks(call, plan), [&](int worker, int64_t task) {
-      kernels.bias_grad.run(call, plan, task, workspace.data() + size_t(worker) * plan.worker_bytes);
-    });
+    for_each_task(limited, kernels.bias_grad.tasks(call, plan),
+                  [&](int worker, int64_t task) { kernels.bias_grad.run(call, plan, task, own(worker)); });
   }
 }
 

@@ -32,6 +32,14 @@ struct BiasGradKernel {
   void (*run)(const BackwardCall&, const Plan&, int64_t task, std::byte* workspace);
 };
 
+// A pass before the gradients, where rounding took too much from some row's lse. low: see BackwardCall.
+struct LogSumKernel {
+  bool (*needed)(const BackwardCall&);
+  size_t (*workspace)(const BackwardCall&, const Plan&);
+  int64_t (*tasks)(const BackwardCall&, const Plan&);
+  void (*run)(const BackwardCall&, const Plan&, int64_t task, void* low, std::byte* workspace);
+};
+
 // How a kernel computes one dtype.
 struct KernelInfo {
   const char* name;   // "f32", "bf16_dot", ...
@@ -46,6 +54,7 @@ struct DTypeKernels {
   ForwardKernel forward;
   BackwardKernel backward;
   BiasGradKernel bias_grad;
+  LogSumKernel log_sum;
 };
 
 struct KernelTable {

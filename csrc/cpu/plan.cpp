@@ -125,7 +125,8 @@ Plan plan_backward(const Problem& p, Isa isa, int threads) {
   BackwardCall call;
   call.problem = p;
   plan.worker_bytes =
-      std::max(kernels.backward.workspace(call, plan), kernels.bias_grad.workspace(call, plan));
+      std::max({kernels.backward.workspace(call, plan), kernels.bias_grad.workspace(call, plan),
+                kernels.log_sum.workspace(call, plan)});
   if (plan.chunks > 1) {
     plan.shared_bytes = size_t(units) * kernels.backward.dq_bytes(p) +
                         size_t(2 * units) * kernels.backward.dkv_bytes(p, plan);

@@ -58,6 +58,27 @@ TEST_P(Backward, ChunksOfOneHead) {
   }
 }
 
+// Rows whose log-sum-exp is too large to hold the logarithm, one key block or several, rows
+// in chunks or not: all keys at the lowest bias share the row.
+TEST_P(Backward, WeightsOfFarRowsAddUpToOne) {
+  for (DType t : kDTypes) {
+    for (int64_t seq_q : {13, 420}) {
+      CaseSpec spec = shape("", 1, 2, 1, seq_q, 900, 8, 16);
+      spec.dtype = t;
+      spec.bias = Extent::kFull;
+      spec.dlse = true;
+      spec.causal = Causal::kBottomRight;
+      Case c(spec);
+      for (int64_t row = 2; row < seq_q; row += 3) {
+        for (int64_t j = 0; j < 900; ++j) c.bias.set(0, 1, row, j, -3.4028234663852886e38);
+      }
+      const BackwardResult one = run_backward(c, GetParam(), 1);
+      expect_close(c, one, exact_backward(c), backward_tolerance(t));
+      EXPECT_TRUE(identical_all(run_backward(c, GetParam(), 3), one)) << fae::name_of(t);
+    }
+  }
+}
+
 // Rows that see nothing, and keys that nobody sees: exactly 0.
 TEST_P(Backward, HiddenIsExactlyZero) {
   for (const char* name : {"causal_tall", "lengths", "window_nothing", "mask_nothing", "no_keys"}) {

@@ -11,8 +11,7 @@ namespace fae::cpu {
 
 const KernelTable& avx512bf16_kernels() {
   using namespace avx512bf16;
-  static constexpr KernelTable table = {
-      {{}, dtype_kernels<Bf16DotProduct, BFloat16>("bf16_dot"), {}, {}}};
+  static constexpr KernelTable table = {{{}, dtype_kernels<Bf16DotProduct, BFloat16>("bf16_dot"), {}, {}}};
   return table;
 }
 

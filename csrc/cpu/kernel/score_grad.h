@@ -13,6 +13,18 @@
 
 namespace fae::cpu::FAE_ISA_NAMESPACE {
 
+// P of score values, 0 for hidden ones (-inf) whatever lse is.
+template <class P>
+FAE_INLINE typename P::Vec::Reg probability_of(typename P::Vec::Reg score, typename P::Vec::Elem natural,
+                                               typename P::Vec::Elem lse, typename P::Vec::Elem lse_low) {
+  using V = typename P::Vec;
+  using Real = typename V::Elem;
+  const typename V::Reg above = V::fma(score, V::set1(natural), V::set1(-lse));
+  const typename V::Reg p =
+      P::exp2(V::mul(V::sub(above, V::set1(lse_low)), V::set1(Real(1.4426950408889634))));
+  return V::select(V::equal(score, V::set1(Real(-__builtin_inf()))), V::zero(), p);
+}
+
 // In: score values and dP of one row. Out: P and dS, in place; hidden scores (-inf) give
 // exactly 0 for both, whatever dP, lse, delta and slope are.
 template <class P>
@@ -24,17 +36,15 @@ FAE_INLINE void score_gradient_row(typename P::Vec::Elem* s, typename P::Vec::El
   using V = typename P::Vec;
   using Real = typename V::Elem;
   using Reg = typename V::Reg;
-  const Reg scale = V::set1(natural), minus_lse = V::set1(-lse), log2e = V::set1(Real(1.4426950408889634));
-  const Reg low = V::set1(lse_low), delta_lanes = V::set1(delta), dlse_lanes = V::set1(dlse);
+  const Reg delta_lanes = V::set1(delta), dlse_lanes = V::set1(dlse);
   const Reg hidden = V::set1(Real(-__builtin_inf()));
   for (int64_t j = 0; j < columns; j += V::kWidth) {
     const Reg score = V::load(s + j);
-    const auto is_hidden = V::equal(score, hidden);
-    const Reg p = P::exp2(V::mul(V::sub(V::fma(score, scale, minus_lse), low), log2e));
+    const Reg p = probability_of<P>(score, natural, lse, lse_low);
     Reg ds = V::mul(p, V::add(V::sub(V::load(dp + j), delta_lanes), dlse_lanes));
     if (slope) ds = V::mul(ds, V::load(slope + j));
-    V::store(s + j, V::select(is_hidden, V::zero(), p));
-    V::store(dp + j, V::select(is_hidden, V::zero(), ds));
+    V::store(s + j, p);
+    V::store(dp + j, V::select(V::equal(score, hidden), V::zero(), ds));
   }
 }
 
@@ -82,6 +92,11 @@ class ScoreGrad {
     const int64_t query = row / group_;
     return {head_begin_ + row - query * group_, query};
   }
+  // Where lse and dlse hold a packed row.
+  int64_t flat_index(int64_t row) const {
+    const RowRef at = ref(row);
+    return (b_ * p_.heads_q + at.head) * p_.seq_q + at.query;
+  }
   SourceRows<S> rows_of(const View4& x, int64_t head, int64_t row) const {
     return {static_cast<const S*>(x.data) + x.offset(b_, head, row), x.stride[2], x.stride[3]};
   }
@@ -103,11 +118,12 @@ class ScoreGrad {
       const int64_t r = row - begin;
       pack_operand<P>(rows_of(p_.q, at.head, at.query), 1, p_.dim, q_ + r * dim_operand_);
       pack_operand<P>(rows_of(call_.dout, at.head, at.query), 1, p_.dim_v, dout_ + r * dim_v_operand_);
-      const int64_t flat = (b_ * p_.heads_q + at.head) * p_.seq_q + at.query;
+      const int64_t flat = flat_index(row);
       const Lse lse = static_cast<const Lse*>(call_.lse)[flat];
       // A row without keys: exp(-inf - inf) is 0, exp(-inf + inf) would not be.
       lse_[r] = lse == Lse(-__builtin_inf()) ? Real(__builtin_inf()) : Real(lse);
       lse_low_[r] = __builtin_isfinite(lse) ? Real(lse - Lse(lse_[r])) : Real(0);
+      if (call_.lse_low) lse_low_[r] += Real(static_cast<const Lse*>(call_.lse_low)[flat]);
       if (delta) delta_[r] = delta[r];
       dlse_[r] = call_.dlse ? Real(static_cast<const Lse*>(call_.dlse)[flat]) : Real(0);
     }
@@ -137,11 +153,9 @@ class ScoreGrad {
     }
   }
 
-  // P into s and dS into ds, both [rows][ld], for the tile of rows [row, row + rows) of
-  // the loaded ones against the loaded keys; false when no key is seen. Columns outside
-  // `range` are not written. dS is taken before the softcap when `before_softcap`.
-  bool compute_tile(int64_t row, int rows, Real* s, Real* ds, int64_t ld, bool before_softcap,
-                    TileRange* range) {
+  // Scores into s [rows][ld] for the tile of rows [row, row + rows) of the loaded ones against
+  // the loaded keys; false when no key is seen. Columns outside `range` are not written.
+  bool compute_scores(int64_t row, int rows, Real* s, int64_t ld, Real* slope, TileRange* range) {
     RowRef refs[kRows];
     for (int i = 0; i < rows; ++i) refs[i] = ref(row_begin_ + row + i);
     const int64_t q_begin = refs[0].query, q_end = refs[rows - 1].query + 1;
@@ -160,19 +174,31 @@ class ScoreGrad {
     const int64_t columns = round_up(keys, V::kWidth);
     *range = {first, keys, columns};
     multiply_columns(q_ + row * dim_operand_, dim_operand_, k_columns_, rows, *range, s, ld);
-    multiply_columns(dout_ + row * dim_v_operand_, dim_v_operand_, v_columns_, rows, *range, ds, ld);
-
     const bool partial =
         classify(p_.masking.band, kv_length_, q_begin, q_end, k_begin_ + first, end) != TileClass::kFull;
     const ScoreTile<V> tile{s + first, ld, k_begin_ + first, keys, columns, refs, rows};
-    Real* slope = before_softcap ? slope_ : nullptr;
     finish_scores<V>(p_, b_, kv_length_, partial, masked, tile, scratch_, slope, plan_.block_kv);
+    return true;
+  }
+
+  // P into s and dS into ds, both [rows][ld], of a tile as above. dS is taken before the
+  // softcap when `before_softcap`.
+  bool compute_tile(int64_t row, int rows, Real* s, Real* ds, int64_t ld, bool before_softcap,
+                    TileRange* range) {
+    Real* slope = before_softcap ? slope_ : nullptr;
+    if (!compute_scores(row, rows, s, ld, slope, range)) return false;
+    multiply_columns(dout_ + row * dim_v_operand_, dim_v_operand_, v_columns_, rows, *range, ds, ld);
     for (int i = 0; i < rows; ++i) {
-      score_gradient_row<P>(tile.s + i * ld, ds + first + i * ld,
-                            slope ? slope + i * plan_.block_kv : nullptr, columns, scale_.natural,
+      score_gradient_row<P>(s + range->first + i * ld, ds + range->first + i * ld,
+                            slope ? slope + i * plan_.block_kv : nullptr, range->columns, scale_.natural,
                             lse_[row + i], lse_low_[row + i], delta_[row + i], dlse_[row + i]);
     }
     return true;
+  }
+
+  // P of scores of a loaded row.
+  typename V::Reg probability(typename V::Reg score, int64_t row) const {
+    return probability_of<P>(score, scale_.natural, lse_[row], lse_low_[row]);
   }
 
   const BackwardCall& call_;

@@ -4,6 +4,7 @@
 #include "cpu/kernel/backward.h"
 #include "cpu/kernel/bias_grad.h"
 #include "cpu/kernel/forward.h"
+#include "cpu/kernel/log_sum.h"
 #include "cpu/kernel_table.h"
 
 namespace fae::cpu::FAE_ISA_NAMESPACE {
@@ -54,15 +55,29 @@ struct BiasGradFunctions {
 };
 
 template <class P, class S>
+struct LogSumFunctions {
+  static bool needed(const BackwardCall& call) { return LogSum<P, S>::needed(call); }
+  static size_t workspace(const BackwardCall& call, const Plan& plan) {
+    return LogSum<P, S>(call, plan, nullptr).bytes();
+  }
+  static int64_t tasks(const BackwardCall& call, const Plan& plan) { return LogSum<P, S>::tasks(call, plan); }
+  static void run(const BackwardCall& call, const Plan& plan, int64_t task, void* low, std::byte* workspace) {
+    LogSum<P, S>(call, plan, workspace).run(task, low);
+  }
+};
+
+template <class P, class S>
 constexpr DTypeKernels dtype_kernels(const char* name) {
   using V = typename P::Vec;
   using B = BackwardFunctions<P, S>;
   using D = BiasGradFunctions<P, S>;
+  using L = LogSumFunctions<P, S>;
   return {
       {name, int(sizeof(typename P::Operand)), int(sizeof(typename V::Elem)), V::kTileRows, int(kPanel<P>)},
       {&forward_workspace<P, S>, &forward_task<P, S>},
       {&B::workspace, &B::dq_bytes, &B::dkv_bytes, &B::run_head, &B::run_chunk, &B::merge_keys},
-      {&D::workspace, &D::tasks, &D::run}};
+      {&D::workspace, &D::tasks, &D::run},
+      {&L::needed, &L::workspace, &L::tasks, &L::run}};
 }
 
 }  // namespace fae::cpu::FAE_ISA_NAMESPACE
