@@ -144,8 +144,10 @@ def tile_of(t: Tensor, q_begin: int, q_end: int, k_begin: int, k_end: int) -> Te
 
 
 def is_finite(t: Tensor) -> bool:
-    """False also where there is no asking: while tracing, or when the host would wait for a device."""
-    return not torch.compiler.is_compiling() and t.device.type == "cpu" and bool(t.isfinite().all())
+    """False also where there is no asking: in a trace, under vmap, or where it would wait for a device."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return t.device.type == "cpu" and bool(t.isfinite().all())
 
 
 def contract(weights: Tensor, seen: Tensor | None, values: Tensor) -> Tensor:

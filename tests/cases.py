@@ -312,6 +312,32 @@ def _strides() -> list[Case]:
     return _family("stride", cases)
 
 
+def _blocks() -> list[Case]:
+    """Problems of several key blocks (768 keys forward, 384 backward) or several chunks of rows, in each option."""
+    seqs = [(1, 1600), (5, 800), (3, 769), (2, 768), (40, 1100), (7, 1537), (1100, 5), (900, 40), (70, 2000)]
+    options = {  # what is given, and which third of the lengths goes without it
+        "plain": ({}, 1),
+        "causal": (dict(causal=True), 0),
+        "window": (dict(window=(300, 20)), 2),
+        "mask": (dict(mask="b1qk"), 0),  # it hides two rows, all that some of that third have
+        "bias": (dict(bias="1h1k", bias_neg_inf=True), 1),
+        "lengths": (dict(lengths=(1000,)), 2),
+        "softcap": (dict(softcap=5.0, window=(None, 9)), 0),
+        "negative": (dict(scale=-1.0, causal="top_left"), 1),
+    }
+    cases = []
+    for m, (name, (given, skipped)) in enumerate(options.items()):
+        for n, seq in enumerate(seqs):
+            if n % 3 != skipped:
+                cases.append(Case(f"{name}-{seq[0]}x{seq[1]}", seq=seq, heads=((2, 1), (1, 1), (2, 2))[(n + m) % 3],
+                                  dim=((16, 24), (64, 64))[(n + m) % 2], layout=("bshd", "bhsd")[m % 2], **given))
+    cases.append(Case("wide", heads=(1, 1), seq=(20, 800), dim=(300, 260), causal=True))
+    cases.append(Case("narrow", heads=(2, 1), seq=(40, 1100), dim=(256, 256), window=(0, 0)))  # dp - delta is all rounding
+    cases.append(Case("loud", heads=(2, 1), seq=(9, 1600), scale=3.0))
+    cases.append(Case("square", heads=(1, 1), seq=(800, 820), causal=True, lengths=(810,)))
+    return _family("block", cases)
+
+
 # fmt: on
 def _products(count: int) -> list[Case]:
     """Draws from all options at once, with one fixed seed."""
@@ -353,9 +379,8 @@ def _products(count: int) -> list[Case]:
     return _family("product", cases)
 
 
-CASES = (
-    _sizes() + _dims() + _heads() + _zeros() + _bands() + _scores() + _masks() + _strides() + _products(90)
-)
+CASES = _sizes() + _dims() + _heads() + _zeros() + _bands() + _scores() + _masks() + _strides() + _blocks()
+CASES += _products(90)
 assert len({c.name for c in CASES}) == len(CASES), "case names are not unique"
 # One of each family's turns, for checks that need variety more than completeness.
 FEW = CASES[::9]

@@ -46,12 +46,12 @@ def expectations(draws: list[Inputs], **how) -> tuple[Result, dict[str, float]]:
     return first, errors
 
 
-def run(inputs: Inputs, backend: str) -> dict[str, Tensor]:
-    """Forward, LSE and all gradients as the package computes them."""
+def run(inputs: Inputs, backend: str, **options) -> dict[str, Tensor]:
+    """Forward, LSE and all gradients as the package computes them; `options` go to flash_attention as well."""
     leaves = {n: getattr(inputs, n).detach().requires_grad_() for n in ("q", "k", "v")}
     if inputs.bias is not None:
         leaves["bias"] = inputs.bias.detach().requires_grad_()
-    kwargs = {**inputs.kwargs(), **{n: t for n, t in leaves.items() if n == "bias"}}
+    kwargs = {**inputs.kwargs(), **options, **{n: t for n, t in leaves.items() if n == "bias"}}
     out, lse = fae.flash_attention(
         leaves["q"], leaves["k"], leaves["v"], return_lse=True, backend=backend, **kwargs
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import CASES, DTYPES, FEW, Case, build
-from conftest import STANDARD, TARGETS
+from conftest import PORTABLE, STANDARD, TARGETS
 from harness import complaints, expectations, prepared, run
 from reference import allowance, attend, complaint, largest, relative_error
 
@@ -45,8 +45,21 @@ def test_errors_are_those_of_the_unfused_computation(monkeypatch):
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize("case", CASES[::2], ids=lambda c: c.name)
+def test_portable_in_small_blocks(case: Case, dtype):
+    """Most cases fit one of its own tiles; here they are many, with edges everywhere."""
+    rows, keys = (16, 24) if max(case.seq) > 64 else (5, 3)
+    inputs, exact, errors = prepared(case, dtype)
+    config = fae.AttentionConfig(block_q=rows, block_kv=keys)
+    found = complaints(run(inputs, PORTABLE.backend, config=config), inputs, exact, errors)
+    assert not found, "\n".join([str(case), *found])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-@pytest.mark.parametrize("case", FEW, ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [*FEW, *(c for c in CASES if c.name.startswith("zero") and c not in FEW)], ids=lambda c: c.name
+)
 def test_standard_backend(case: Case, dtype):
     """The baseline that a user asks for: its scores are rounded to the inputs' dtype, and so its LSE is."""
     inputs = build(case, dtype)

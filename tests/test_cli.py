@@ -81,6 +81,31 @@ def test_log_variable():
     assert quiet.stdout == loud.stdout
 
 
+def test_each_reason_is_logged_once():
+    """However often it comes up; and a second reason gets a line of its own."""
+    code = """
+import torch, torch.nn.functional as F, flash_attn_ext as fae
+q = torch.randn(1, 2, 16, 8)
+for _ in range(3):
+    fae.flash_attention(q, q, q)
+    fae.flash_attention(q, q, q, backend="auto", config=fae.AttentionConfig())
+    with fae.use_flash_attention():
+        F.scaled_dot_product_attention(q, q, q)
+        F.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
+with fae.use_flash_attention():
+    F.scaled_dot_product_attention(q, q, q, dropout_p=0.25)
+"""
+    done = python(code=code, FLASH_ATTN_EXT_LOG="debug")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("flash_attn_ext ")]
+    auto = [line for line in lines if line.startswith("flash_attn_ext DEBUG: auto: cpu ")]
+    fallback = [line for line in lines if line.startswith("flash_attn_ext WARNING: ") and "dropout" in line]
+    assert len(auto) == 1, done.stderr
+    assert len([line for line in fallback if "0.5" in line]) == 1, done.stderr
+    assert len([line for line in fallback if "0.25" in line]) == 1, done.stderr
+    assert len(lines) == 3, done.stderr
+
+
 def test_import_is_quiet_and_leaves_torch_alone():
     code = (
         "import torch, torch.nn.functional as F, warnings; warnings.simplefilter('error')\n"

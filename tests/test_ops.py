@@ -162,6 +162,79 @@ def test_autocast(dtype):
         assert fae.flash_attention(q, k, v).dtype == torch.float32
 
 
+def test_autocast_leaves_float64_alone(backend):
+    """As torch's own operators do; and a bias is no input of the products, so it keeps its dtype too."""
+    q, k, v, bias = (x.detach().double() for x in compiled_inputs(9, 13))
+    expected = fae.flash_attention(q, k, v, bias=bias, return_lse=True, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = fae.flash_attention(q, k, v, bias=bias, return_lse=True, backend=backend)
+        leaf = q.requires_grad_()
+        (grad,) = torch.autograd.grad(fae.flash_attention(leaf, k, v, backend=backend).sum(), leaf)
+    assert got[0].dtype == got[1].dtype == grad.dtype == torch.float64
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name != "empty"], ids=lambda c: c.name)
+@pytest.mark.parametrize("name", ["attention", "portable"])
+def test_gradients_without_a_saved_lse(name, case):
+    """The raw operator called with return_lse=False: backward computes the LSE that it needs."""
+    op = getattr(torch.ops.flash_attn_ext, name)
+    results = []
+    for return_lse in (True, False):
+        inputs = build(case, torch.float32)
+        leaves = [t.detach().requires_grad_() for t in (inputs.q, inputs.k, inputs.v)]
+        if inputs.bias is not None:
+            leaves.append(inputs.bias.detach().requires_grad_())
+        bias = leaves[3] if len(leaves) > 3 else None
+        out, lse = op(*leaves[:3], inputs.mask, bias, inputs.kv_lengths, *options(case), return_lse)
+        assert lse.numel() == (out[..., 0].numel() if return_lse else 0)
+        results.append([out, *torch.autograd.grad(out, leaves, inputs.dout)])
+    for with_lse, without in zip(*results, strict=True):
+        assert torch.equal(with_lse, without)
+
+
+def _functorch_call(backend):
+    def fn(q, k, v, bias):
+        out, lse = fae.flash_attention(
+            q, k, v, causal=True, bias=bias, softcap=4.0, return_lse=True, backend=backend
+        )
+        return out.sin().sum() + lse.square().sum()
+
+    return fn
+
+
+@pytest.mark.parametrize("backend", ["cpu", "portable", "standard"])
+def test_functorch_grad(backend):
+    fn, inputs = _functorch_call(backend), compiled_inputs(9, 13)
+    expected = torch.autograd.grad(fn(*inputs), inputs)
+    got = torch.func.grad(fn, argnums=(0, 1, 2, 3))(*(x.detach() for x in inputs))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "portable", "standard"])
+def test_functorch_vmap(backend):
+    """Over another axis, of some inputs only, and of a gradient: what a loop gives."""
+    q, k, v, bias = compiled_inputs(9, 13, grad=False)
+    many_q, many_bias = torch.randn(3, *q.shape), torch.randn(*bias.shape, 3)
+    fn = _functorch_call(backend)
+
+    def out_of(q, k, v, bias):
+        return fae.flash_attention(q, k, v, bias=bias, return_lse=True, backend=backend)
+
+    got = torch.func.vmap(out_of, in_dims=(0, None, None, -1))(many_q, k, v, many_bias)
+    loop = [out_of(many_q[i], k, v, many_bias[..., i]) for i in range(3)]
+    for a, *b in zip(got, *loop, strict=True):
+        torch.testing.assert_close(a, torch.stack(b))
+    per_sample = torch.func.vmap(torch.func.grad(fn, argnums=(0, 3)), in_dims=(0, None, None, -1))
+    got = per_sample(many_q, k, v, many_bias)
+    for i in range(3):
+        leaves = [many_q[i].clone().requires_grad_(), many_bias[..., i].clone().requires_grad_()]
+        expected = torch.autograd.grad(fn(leaves[0], k, v, leaves[1]), leaves)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a[i], b)
+
+
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_modes_without_grad(mode, backend):
     q, k, v, bias = compiled_inputs(9, 13)
