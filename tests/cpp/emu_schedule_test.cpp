@@ -1,6 +1,7 @@
 // Threads, rendezvous and schedules of the emulator.
 #include <algorithm>
 #include <set>
+#include <thread>
 #include <vector>
 
 #include "emu_test.h"
@@ -133,6 +134,27 @@ TEST_F(EmuSchedule, ThousandsOfSmallLaunches) {
     });
   }
   EXPECT_EQ(sum, 3000 * 128);
+}
+
+TEST_F(EmuSchedule, OperatingSystemThreadsLaunchOnTheirOwn) {
+  std::vector<uint64_t> barriers(3, 0);
+  std::vector<std::thread> threads;
+  for (size_t i = 0; i < barriers.size(); ++i) {
+    threads.emplace_back([&barriers, i] {
+      float out[64];
+      emu::ScopedRange range((const void*)out, sizeof(out), "out", emu::Access::kReadWrite);
+      for (size_t n = 0; n < 20 * (i + 1); ++n) {
+        launch({64, 0, 1}, [&] {
+          block_barrier();
+          store_global(out + thread_index(), 1.0f);
+        });
+      }
+      barriers[i] = emu::instructions().block_barrier;
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(barriers, (std::vector<uint64_t>{20, 40, 60}));
+  EXPECT_EQ(emu::instructions().launches, 0u);
 }
 
 TEST_F(EmuSchedule, RefusesImpossibleLaunches) {

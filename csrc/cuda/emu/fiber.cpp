@@ -13,7 +13,9 @@
 
 #if !FAE_EMU_SWITCH_UCONTEXT
 // Callee-saved registers go to the old stack and come from the new one. Not inside a
-// function: the compiler must take it for a call that may change any memory.
+// function: the compiler must take it for a call that may change any memory. It ends in a
+// return, not a jump: the lanes of a warp wait at the same line, so the processor's
+// prediction of this return and of those after it is right.
 asm(R"(
   .text
   .globl fae_emu_switch_stack
@@ -34,8 +36,7 @@ fae_emu_switch_stack:
   popq %r12
   popq %rbx
   popq %rbp
-  popq %rcx
-  jmpq *%rcx
+  retq
   .size fae_emu_switch_stack, . - fae_emu_switch_stack
 )");
 #endif

@@ -12,7 +12,7 @@ constexpr uint32_t kMaxWarps = 32;
 
 // Whenever the lanes of a warp are let go together, they will go in a random order. Between
 // two lanes of a warp the schedule may turn to other warps; how willingly differs by block,
-// from at every turn to only when the warp waits for the block.
+// from at every second turn to only when the warp waits for the block.
 class Schedule {
  public:
   void start_launch(uint64_t seed) {
@@ -30,7 +30,7 @@ class Schedule {
   }
 
   void start_block(uint64_t block, uint32_t warps) {
-    constexpr uint32_t kStay[] = {0, 128, 240, 256};
+    constexpr uint32_t kStay[] = {128, 240, 252, 256};
     random_.seed(seed_, block + 1);
     stay_ = kStay[random_.below(4)];
     ready_count_ = 0;
