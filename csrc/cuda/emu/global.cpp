@@ -1,6 +1,7 @@
 #include "cuda/emu/global.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 
 #include "cuda/emu/block.h"

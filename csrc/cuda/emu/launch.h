@@ -27,7 +27,7 @@ struct LaunchConfig {
 struct Options {
   uint64_t seed = 0;   // of the order of blocks, warps, lanes and copies
   bool count = false;  // bank conflicts and sectors, see counters.h
-  bool races = true;   // accesses of shared memory that no barrier orders are faults
+  bool races = true;   // accesses that no barrier orders are faults
 };
 
 // What launches of this OS thread use.

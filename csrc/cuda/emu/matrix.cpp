@@ -1,6 +1,5 @@
 // Matrix instructions: gather the warp's registers into matrices by fragment.h, compute,
 // scatter.
-#include <array>
 #include <cstring>
 
 #include "core/dtype.h"

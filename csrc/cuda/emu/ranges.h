@@ -9,7 +9,7 @@
 
 namespace fae::cuda::emu {
 
-// Bytes of which nobody may touch those that `holes` names.
+// Registered bytes; of a tensor with gaps only those of its elements.
 struct Range {
   int id = 0;
   std::string name;
