@@ -4,7 +4,7 @@ Forward: online softmax over blocks of keys (Milakov and Gimelshein 2018, arXiv:
 Dao et al. 2022, arXiv:2205.14135). Backward: scores are recomputed block by block from the
 saved log-sum-exp. Memory beyond inputs and outputs is O(seq_q + seq_kv). It serves devices
 that have no kernel, and is a second opinion on those that have one. Arguments are those of
-the operator `attention_forward` (see csrc/torch/library.cpp).
+the operator `attention_forward` (see csrc/torch/schemas.h).
 """
 
 from __future__ import annotations

@@ -8,10 +8,17 @@ namespace fae::torch_ops {
 
 Options take_options(Arguments& arguments) {
   // Braces evaluate from left to right.
-  return {arguments.optional_tensor(), arguments.optional_tensor(), arguments.optional_tensor(),
-          arguments.integer(),         arguments.integer(),         arguments.integer(),
-          arguments.integer(),         arguments.optional_real(),   arguments.real(),
-          arguments.boolean()};
+  return {arguments.optional_tensor(),
+          arguments.optional_tensor(),
+          arguments.optional_tensor(),
+          arguments.integer(),
+          arguments.integer(),
+          arguments.integer(),
+          arguments.integer(),
+          arguments.optional_real(),
+          arguments.real(),
+          arguments.boolean(),
+          {arguments.boolean(), arguments.boolean()}};
 }
 
 CallDesc describe_call(const TensorRef& q, const TensorRef& k, const TensorRef& v, const Options& options,

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "torch/backend.h"
 #include "torch/boxed.h"
 #include "torch/view.h"
 
@@ -21,6 +22,7 @@ struct Options {
   std::optional<double> scale;
   double softcap;
   bool extra_result;  // return_lse, need_bias_grad
+  RunOptions run;
 };
 
 // Only takes: an error before the stack is empty would leak what is left on it.

@@ -1,16 +1,16 @@
 #include <string>
 
-#include "cpu/api.h"
 #include "torch/arguments.h"
+#include "torch/backend.h"
 #include "torch/errors.h"
-#include "torch/executor.h"
 #include "torch/ops.h"
 
 namespace fae::torch_ops {
 namespace {
 
 // What the forward pass handed on has one legal shape and dtype each.
-void check_saved(const char* name, const TensorDesc& given, DType dtype, int rank, const int64_t* shape) {
+void check_saved(const char* name, const TensorDesc& given, DType dtype, int rank, const int64_t* shape,
+                 const char* device) {
   TensorDesc expected;
   expected.rank = rank;
   for (int axis = 0; axis < rank; ++axis) expected.shape[axis] = shape[axis];
@@ -25,12 +25,15 @@ void check_saved(const char* name, const TensorDesc& given, DType dtype, int ran
     raise({CallError::Kind::kType,
            std::string(name) + " has dtype " + given_name + ", expected " + name_of(dtype)});
   }
-  if (std::string(given.device) != "cpu") {
-    raise({CallError::Kind::kValue, std::string(name) + " is on " + given.device + ", expected cpu"});
+  if (std::string(given.device) != device) {
+    raise({CallError::Kind::kValue,
+           std::string(name) + " is on device " + given.device + ", but must be on q's device " + device});
   }
 }
 
-NewTensor new_like(const TensorDesc& desc) { return new_tensor(desc.dtype, desc.rank, desc.shape); }
+NewTensor new_like(const TensorDesc& desc, Place place) {
+  return new_tensor(desc.dtype, desc.rank, desc.shape, place);
+}
 
 }  // namespace
 
@@ -52,12 +55,12 @@ void attention_backward(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*out
   const TensorDesc dlse_desc = describe("dlse", dlse);
   int64_t expected[4];
   out_shape(call, expected);
-  check_saved("out", out_desc, call.q.dtype, call.q.rank, expected);
-  check_saved("dout", dout_desc, call.q.dtype, call.q.rank, expected);
+  check_saved("out", out_desc, call.q.dtype, call.q.rank, expected, call.q.device);
+  check_saved("dout", dout_desc, call.q.dtype, call.q.rank, expected, call.q.device);
   int64_t shape[3];
   const int lse_rank = lse_shape(call.q, call.layout, shape);
-  check_saved("lse", lse_desc, lse_dtype(call.q.dtype), lse_rank, shape);
-  if (dlse) check_saved("dlse", dlse_desc, lse_dtype(call.q.dtype), lse_rank, shape);
+  check_saved("lse", lse_desc, lse_dtype(call.q.dtype), lse_rank, shape, call.q.device);
+  if (dlse) check_saved("dlse", dlse_desc, lse_dtype(call.q.dtype), lse_rank, shape, call.q.device);
 
   BackwardCall backward;
   backward.problem = make_problem(call);
@@ -71,24 +74,26 @@ void attention_backward(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*out
     backward.dlse = dlse_rows.desc.data;
   }
 
-  NewTensor dq = new_like(call.q);
-  NewTensor dk = new_like(call.k);
-  NewTensor dv = new_like(call.v);
+  const Place place = place_of(q);
+  NewTensor dq = new_like(call.q, place);
+  NewTensor dk = new_like(call.k, place);
+  NewTensor dv = new_like(call.v, place);
   backward.dq = attention_view(dq.desc, call.layout);
   backward.dk = attention_view(dk.desc, call.layout);
   backward.dv = attention_view(dv.desc, call.layout);
   const int64_t none = 0;
   NewTensor dbias;
   if (options.extra_result && call.bias.present) {
-    dbias = new_like(call.bias);
+    dbias = new_like(call.bias, place);
     backward.dbias = broadcast_view(dbias.desc, backward.dbias_shape);
   } else {
-    dbias = new_tensor(call.q.dtype, 1, &none);
+    dbias = new_tensor(call.q.dtype, 1, &none, place);
   }
-
-  const cpu::Executor executor = torch_executor();
-  cpu::backward(backward, cpu::plan_backward(backward.problem, cpu::active_isa(), executor.threads),
-                executor);
+  if (backward.problem.has_output() && backward.problem.seq_kv > 0) {
+    run_backward(backward, place, options.run);
+  } else {
+    for (const NewTensor* grad : {&dq, &dk, &dv, &dbias}) fill_with_zeros(*grad);
+  }
   give(&stack[0], std::move(dq.tensor));
   give(&stack[1], std::move(dk.tensor));
   give(&stack[2], std::move(dv.tensor));

@@ -29,7 +29,7 @@ void reporting(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
     kernel(stack, inputs, outputs);
   } catch (const std::bad_alloc&) {
     throw std::runtime_error("flash_attn_ext: out of memory: the workspace could not be allocated");
-  } catch (const std::invalid_argument& error) {  // of the environment, by cpu::active_isa()
+  } catch (const std::invalid_argument& error) {  // of the environment, by a backend
     raise({CallError::Kind::kValue, error.what()});
   }
 }

@@ -1,4 +1,4 @@
-// The operators' CPU kernels, boxed; the schemas are in library.cpp.
+// The operators' kernels, boxed, of the backend that the library is linked with; see schemas.h.
 #pragma once
 
 #include <torch/csrc/stable/c/shim.h>

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "torch/errors.h"
 
@@ -19,6 +20,7 @@ struct Codes {
   int32_t int32 = aoti_torch_dtype_int32();
   int32_t int64 = aoti_torch_dtype_int64();
   int32_t cpu = aoti_torch_device_type_cpu();
+  int32_t cuda = aoti_torch_device_type_cuda();
 };
 const Codes kCodes;
 
@@ -58,9 +60,21 @@ const char* other_dtype_name(int32_t code) {
   return nullptr;
 }
 
-const char* device_name(int32_t code) {
+// "cuda:1": as torch prints it, for as long as the process lives.
+const char* cuda_name(int32_t index) {
+  constexpr int32_t kMost = 64;
+  static const std::vector<std::string> names = [] {
+    std::vector<std::string> all;
+    for (int32_t i = 0; i < kMost; ++i) all.push_back("cuda:" + std::to_string(i));
+    return all;
+  }();
+  return index >= 0 && index < kMost ? names[size_t(index)].c_str() : "cuda";
+}
+
+const char* device_name(Place place) {
+  const int32_t code = place.type;
   if (code == kCodes.cpu) return "cpu";
-  if (code == aoti_torch_device_type_cuda()) return "cuda";
+  if (code == kCodes.cuda) return cuda_name(place.index);
   if (code == aoti_torch_device_type_meta()) return "meta";
   if (code == aoti_torch_device_type_xpu()) return "xpu";
   if (code == aoti_torch_device_type_mps()) return "mps";
@@ -83,6 +97,13 @@ bool is_contiguous(const TensorDesc& desc) {
 
 }  // namespace
 
+Place place_of(const TensorRef& tensor) {
+  Place place{kCodes.cpu, 0};
+  check(aoti_torch_get_device_type(tensor.get(), &place.type));
+  if (place.type != kCodes.cpu) check(aoti_torch_get_device_index(tensor.get(), &place.index));
+  return place;
+}
+
 TensorDesc describe(const char* name, const TensorRef& tensor, Access access) {
   TensorDesc desc;
   if (!tensor) return desc;
@@ -90,21 +111,20 @@ TensorDesc describe(const char* name, const TensorRef& tensor, Access access) {
   int64_t* shape = nullptr;
   int64_t* stride = nullptr;
   int32_t dtype = 0;
-  int32_t device = 0;
   check(aoti_torch_get_dim(tensor.get(), &rank));
   check(aoti_torch_get_sizes(tensor.get(), &shape));
   check(aoti_torch_get_strides(tensor.get(), &stride));
   check(aoti_torch_get_dtype(tensor.get(), &dtype));
-  check(aoti_torch_get_device_type(tensor.get(), &device));
+  const Place place = place_of(tensor);
   desc.present = true;
   desc.dtype = dtype_of(dtype);
   if (desc.dtype == DType::kOther) desc.dtype_name = other_dtype_name(dtype);
-  if (device != kCodes.cpu) desc.device = device_name(device);
+  if (place.type != kCodes.cpu) desc.device = device_name(place);
   if (rank > TensorDesc::kMaxRank) raise(too_many_axes(name, shape, rank));
   desc.rank = int(rank);
   std::copy_n(shape, desc.rank, desc.shape);
   std::copy_n(stride, desc.rank, desc.stride);
-  if (device != kCodes.cpu) return desc;
+  if (place.type != kCodes.cpu && place.type != kCodes.cuda) return desc;  // perhaps without memory
   if (access == Access::kWrite) {
     check(torch_get_mutable_data_ptr(tensor.get(), &desc.data));
   } else {
@@ -116,7 +136,7 @@ TensorDesc describe(const char* name, const TensorRef& tensor, Access access) {
   return desc;
 }
 
-NewTensor new_tensor(DType dtype, int rank, const int64_t* shape) {
+NewTensor new_tensor(DType dtype, int rank, const int64_t* shape, Place place) {
   NewTensor result;
   TensorDesc& desc = result.desc;
   desc.present = true;
@@ -134,8 +154,8 @@ NewTensor new_tensor(DType dtype, int rank, const int64_t* shape) {
     step *= count;
   }
   AtenTensorHandle handle = nullptr;
-  if (aoti_torch_empty_strided(rank, desc.shape, desc.stride, code_of(dtype), kCodes.cpu, 0, &handle) !=
-      TORCH_SUCCESS) {
+  if (aoti_torch_empty_strided(rank, desc.shape, desc.stride, code_of(dtype), place.type, place.index,
+                               &handle) != TORCH_SUCCESS) {
     throw std::runtime_error("flash_attn_ext: out of memory: a result of shape " + shape_text(desc) +
                              " needs " + std::to_string(bytes >> 20) + " MiB");
   }
@@ -144,9 +164,11 @@ NewTensor new_tensor(DType dtype, int rank, const int64_t* shape) {
   return result;
 }
 
+void fill_with_zeros(const NewTensor& tensor) { check(aoti_torch_zero_(tensor.tensor.get())); }
+
 NewTensor contiguous(TensorRef tensor, const TensorDesc& desc) {
   if (is_contiguous(desc)) return {std::move(tensor), desc};
-  NewTensor copy = new_tensor(desc.dtype, desc.rank, desc.shape);
+  NewTensor copy = new_tensor(desc.dtype, desc.rank, desc.shape, place_of(tensor));
   check(aoti_torch_copy_(copy.tensor.get(), tensor.get(), 0));
   return copy;
 }

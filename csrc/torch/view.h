@@ -12,12 +12,21 @@ enum class Access : uint8_t { kRead, kWrite };
 // `name` is the argument's, for a shape that cannot be held.
 TensorDesc describe(const char* name, const TensorRef& tensor, Access access = Access::kRead);
 
-// A new contiguous CPU tensor, uninitialised. `desc` describes it as describe() would.
+// A device, in libtorch's numbers.
+struct Place {
+  int32_t type;
+  int32_t index;
+};
+Place place_of(const TensorRef& tensor);
+
+// A new contiguous tensor, uninitialised. `desc` describes it as describe() would.
 struct NewTensor {
   TensorRef tensor;
   TensorDesc desc;
 };
-NewTensor new_tensor(DType dtype, int rank, const int64_t* shape);
+NewTensor new_tensor(DType dtype, int rank, const int64_t* shape, Place place);
+
+void fill_with_zeros(const NewTensor& tensor);
 
 // The tensor itself if it is contiguous, else a contiguous copy.
 NewTensor contiguous(TensorRef tensor, const TensorDesc& desc);

@@ -76,7 +76,8 @@ Variant make_variant(Pass pass, DType dtype, int dim, bool split, bool modified)
   static const std::string name = std::string(name_of(pass)) + "_" + name_of(dtype) + "_" +
                                   std::to_string(dim) + (split ? "_split" : "") +
                                   (modified ? "_modified" : "");
-  return {pass,
+  return {name.c_str(),
+          pass,
           dtype,
           dim,
           split,

@@ -22,6 +22,7 @@ enum class Pass : uint8_t {
 const char* name_of(Pass pass);
 
 struct Variant {
+  const char* name;
   Pass pass;
   DType dtype;
   int dim;        // columns of a tile: the largest head dim, or what a split one is cut into

@@ -1,0 +1,19 @@
+// Who computes: each operator library is linked with one of backend_*.cpp.
+#pragma once
+
+#include "core/problem.h"
+#include "torch/view.h"
+
+namespace fae::torch_ops {
+
+struct RunOptions {
+  bool deterministic = false;  // gradients bitwise the same from run to run
+  bool tf32 = false;           // one TF32 product for fp32 where there are such
+};
+
+// Compute a valid call that has an output, on the device of its tensors; nothing is written when
+// they throw. For gradients there are keys, too.
+void run_forward(const ForwardCall& call, Place place, const RunOptions& options);
+void run_backward(const BackwardCall& call, Place place, const RunOptions& options);
+
+}  // namespace fae::torch_ops

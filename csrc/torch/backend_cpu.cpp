@@ -1,0 +1,23 @@
+// The operators on CPU tensors, and the schemas of flash_attn_ext.
+#include "cpu/api.h"
+#include "torch/backend.h"
+#include "torch/executor.h"
+#include "torch/schemas.h"
+
+namespace fae::torch_ops {
+
+void run_forward(const ForwardCall& call, Place, const RunOptions&) {
+  const cpu::Executor executor = torch_executor();
+  cpu::forward(call, cpu::plan_forward(call.problem, cpu::active_isa(), executor.threads), executor);
+}
+
+void run_backward(const BackwardCall& call, Place, const RunOptions&) {
+  const cpu::Executor executor = torch_executor();
+  cpu::backward(call, cpu::plan_backward(call.problem, cpu::active_isa(), executor.threads), executor);
+}
+
+}  // namespace fae::torch_ops
+
+STABLE_TORCH_LIBRARY(flash_attn_ext, m) { fae::torch_ops::define(m, "attention"); }
+
+STABLE_TORCH_LIBRARY_IMPL(flash_attn_ext, CPU, m) { fae::torch_ops::implement(m, "attention"); }

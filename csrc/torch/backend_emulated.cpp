@@ -1,0 +1,130 @@
+// The operators `emulated...`: the CUDA kernels on CPU tensors, run by the host emulator.
+//
+// Every tensor of a call is registered with the emulator: inputs as read-only memory, outputs as
+// unset memory of which every element must have been written at the end.
+#include <atomic>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cuda/emu/launch.h"
+#include "cuda/launch/c_api.h"
+#include "torch/cuda_call.h"
+#include "torch/schemas.h"
+
+namespace fae::torch_ops {
+namespace {
+
+namespace emu = cuda::emu;
+
+std::atomic<uint64_t> schedule_seed{0};
+
+class EmulatedMachine {
+ public:
+  EmulatedMachine(Place, const ForwardCall& call) {
+    const Problem& p = call.problem;
+    begin(p);
+    write("out", call.out, {p.batch, p.heads_q, p.seq_q, p.dim_v}, p.dtype);
+    if (call.lse) write("lse", rows_of(p, call.lse), {p.batch, p.heads_q, p.seq_q, 1}, lse_dtype(p.dtype));
+  }
+
+  EmulatedMachine(Place, const BackwardCall& call) {
+    const Problem& p = call.problem;
+    begin(p);
+    const Shape result = {p.batch, p.heads_q, p.seq_q, p.dim_v};
+    const Shape rows = {p.batch, p.heads_q, p.seq_q, 1};
+    read("out", call.out, result, p.dtype);
+    read("dout", call.dout, result, p.dtype);
+    read("lse", rows_of(p, call.lse), rows, lse_dtype(p.dtype));
+    if (call.dlse) read("dlse", rows_of(p, call.dlse), rows, lse_dtype(p.dtype));
+    write("dq", call.dq, {p.batch, p.heads_q, p.seq_q, p.dim}, p.dtype);
+    write("dk", call.dk, {p.batch, p.heads_kv, p.seq_kv, p.dim}, p.dtype);
+    write("dv", call.dv, {p.batch, p.heads_kv, p.seq_kv, p.dim_v}, p.dtype);
+    const int64_t* const shape = call.dbias_shape;
+    if (call.dbias.present()) {
+      write("dbias", call.dbias, {shape[0], shape[1], shape[2], shape[3]}, p.score.bias_dtype);
+    }
+  }
+
+  const cuda::Device& device() const { return device_; }
+  cuda::Stream stream() const { return nullptr; }
+
+  void use_scratch(void* data, size_t bytes) {
+    if (bytes == 0) return;
+    ranges_.emplace_back(data, bytes, "workspace", emu::Access::kReadWrite, emu::Contents::kUnset);
+  }
+
+  void finish() const {
+    for (const auto& [id, name] : outputs_) {
+      if (emu::global_memory().first_unset(id) >= 0) {
+        throw std::runtime_error(std::string("the CUDA kernels did not write every element of ") + name);
+      }
+    }
+  }
+
+ private:
+  struct Shape { int64_t size[4]; };
+
+  void begin(const Problem& p) {
+    emu::options().seed = schedule_seed;
+    read("q", p.q, {p.batch, p.heads_q, p.seq_q, p.dim}, p.dtype);
+    read("k", p.k, {p.batch, p.heads_kv, p.seq_kv, p.dim}, p.dtype);
+    read("v", p.v, {p.batch, p.heads_kv, p.seq_kv, p.dim_v}, p.dtype);
+    const Shape scores = {p.batch, p.heads_q, p.seq_q, p.seq_kv};
+    if (p.masking.mask.present()) read("mask", p.masking.mask, scores, DType::kBool);
+    if (p.score.bias.present()) read("bias", p.score.bias, scores, p.score.bias_dtype);
+    const Lengths& lengths = p.masking.kv_lengths;
+    if (lengths.data) {
+      const View4 view = {const_cast<void*>(lengths.data), {lengths.stride, 0, 0, 0}};
+      read("kv_lengths", view, {p.batch, 1, 1, 1}, lengths.is_int64 ? DType::kInt64 : DType::kInt32);
+    }
+  }
+
+  static View4 rows_of(const Problem& p, const void* data) {
+    return {const_cast<void*>(data), {p.heads_q * p.seq_q, p.seq_q, 1, 0}};
+  }
+
+  static emu::Extent extent_of(const View4& view, const Shape& shape, DType dtype) {
+    emu::Extent extent;
+    extent.element_bytes = size_t(size_of(dtype));
+    extent.rank = 4;
+    for (int axis = 0; axis < 4; ++axis) {
+      extent.stride[axis] = view.stride[axis];
+      extent.shape[axis] = view.stride[axis] == 0 && shape.size[axis] > 0 ? 1 : shape.size[axis];
+    }
+    return extent;
+  }
+
+  void read(const char* name, const View4& view, const Shape& shape, DType dtype) {
+    ranges_.emplace_back(view.data, extent_of(view, shape, dtype), name, emu::Access::kRead);
+  }
+
+  void write(const char* name, const View4& view, const Shape& shape, DType dtype) {
+    ranges_.emplace_back(view.data, extent_of(view, shape, dtype), name, emu::Access::kReadWrite,
+                         emu::Contents::kUnset);
+    outputs_.emplace_back(ranges_.back().id(), name);
+  }
+
+  cuda::Device device_;
+  std::vector<emu::ScopedRange> ranges_;
+  std::vector<std::pair<int, const char*>> outputs_;
+};
+
+}  // namespace
+
+void run_forward(const ForwardCall& call, Place place, const RunOptions& options) {
+  cuda_forward<EmulatedMachine>(call, place, options);
+}
+
+void run_backward(const BackwardCall& call, Place place, const RunOptions& options) {
+  cuda_backward<EmulatedMachine>(call, place, options);
+}
+
+}  // namespace fae::torch_ops
+
+STABLE_TORCH_LIBRARY_FRAGMENT(flash_attn_ext, m) { fae::torch_ops::define(m, "emulated"); }
+
+STABLE_TORCH_LIBRARY_IMPL(flash_attn_ext, CPU, m) { fae::torch_ops::implement(m, "emulated"); }
+
+// Another seed, another order of blocks, warps and copies.
+extern "C" FAE_EXPORT void fae_emulator_set_seed(uint64_t seed) { fae::torch_ops::schedule_seed = seed; }

@@ -1,0 +1,50 @@
+// How the CUDA kernels are called, on a card or on the emulator.
+//
+// A Machine is made for one call from (Place, call): it has device(), stream() and
+// use_scratch(data, bytes), and finish() once everything has been launched.
+#pragma once
+
+#include <string>
+
+#include "cuda/api.h"
+#include "torch/backend.h"
+#include "torch/errors.h"
+
+namespace fae::torch_ops {
+
+inline void refuse_objections(const cuda::Plan& plan) {
+  if (plan.objections.empty()) return;
+  std::string text = "the CUDA kernels cannot serve this call: ";
+  for (const std::string& objection : plan.objections) {
+    if (&objection != &plan.objections.front()) text += "; ";
+    text += objection;
+  }
+  raise({CallError::Kind::kNotImplemented, text});
+}
+
+template <class Machine>
+void cuda_forward(const ForwardCall& call, Place place, const RunOptions& options) {
+  Machine machine(place, call);
+  const cuda::Plan plan =
+      cuda::plan_forward(call.problem, machine.device(), {options.deterministic, options.tf32});
+  refuse_objections(plan);
+  cuda::forward(call, plan, machine.stream());
+  machine.finish();
+}
+
+template <class Machine>
+void cuda_backward(const BackwardCall& call, Place place, const RunOptions& options) {
+  Machine machine(place, call);
+  const cuda::Plan plan =
+      cuda::plan_backward(call.problem, machine.device(), {options.deterministic, options.tf32},
+                          call.dbias.present() ? call.dbias_shape : nullptr);
+  refuse_objections(plan);
+  // Torch's allocator gives it to nobody else before this stream has passed.
+  const int64_t count = int64_t(plan.workspace_bytes / sizeof(float));
+  const NewTensor workspace = new_tensor(DType::kFloat32, 1, &count, place);
+  machine.use_scratch(workspace.desc.data, plan.workspace_bytes);
+  cuda::backward(call, plan, workspace.desc.data, machine.stream());
+  machine.finish();
+}
+
+}  // namespace fae::torch_ops
