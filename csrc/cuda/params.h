@@ -50,7 +50,7 @@ struct ForwardParams {
 // Per packed row, padded per K/V head to `rows_padded`: what the backward pass needs to know.
 struct RowStats {
   float* lse = nullptr;      // natural; +inf for rows without keys and for padding, so that P is 0
-  float* lse_low = nullptr;  // what rounding lse to fp32 left over; none for 16-bit types
+  float* lse_low = nullptr;  // what rounding lse left over, to be added to it
   float* delta = nullptr;    // rowsum(dO * O) - dlse
   int64_t rows_padded = 0;
 };

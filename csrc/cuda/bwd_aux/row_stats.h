@@ -3,10 +3,12 @@
 
 #include "cuda/params.h"
 #include "cuda/tile/exact_row.h"
+#include "cuda/tile/score_grad.h"
 
 namespace fae::cuda {
 
-template <class T>
+// kModified: for rows far from 0, whose scores are summed once more.
+template <class T, bool kModified>
 class RowStatsKernel {
   static constexpr int kWarps = 8;
 
@@ -28,6 +30,8 @@ class RowStatsKernel {
  private:
   static constexpr bool kWideLse = lse_dtype(DTypeOf<T>::value) == DType::kFloat64;
   static constexpr int kChunk = 16 / int(sizeof(T));
+  // Past this, half a unit in the last place of lse is more than P may be wrong by.
+  static constexpr double kFar = kWideLse ? 268435456.0 : 2048.0;
 
   static FAE_DEVICE double load_lse(const void* data, int64_t at) {
     if constexpr (kWideLse) return load_global(static_cast<const double*>(data) + at);
@@ -38,7 +42,7 @@ class RowStatsKernel {
     const Problem& p = params.call.problem;
     const int64_t at = unit * params.stats.rows_padded + row;
     double lse = __builtin_inf();
-    float delta = 0;
+    float low = 0, delta = 0;
     if (row < p.packed_rows()) {
       const int batch = int(unit / p.heads_kv), head_kv = int(unit % p.heads_kv);
       const PackedRows rows(row, p.group());
@@ -47,25 +51,43 @@ class RowStatsKernel {
       lse = load_lse(params.call.lse, flat);
       // A row without keys: exp(-inf - inf) is 0, exp(-inf + inf) would not be.
       if (lse == -__builtin_inf()) lse = __builtin_inf();
+      const float high = float(lse);
+      if (is_finite(high)) low = float(lse - double(high));
+      if (lse - lse == 0 && fabs(lse) > kFar) low += log_sum(params, batch, head_kv, row, high, low);
       delta =
           dot_rows(params, params.call.out.offset(batch, head, i), params.call.dout.offset(batch, head, i));
       if (params.call.dlse) delta -= float(load_lse(params.call.dlse, flat));
     }
     if (lane_index() != 0) return;
-    const float high = float(lse);
-    store_global(params.stats.lse + at, high);
-    if constexpr (kWideLse) {
-      store_global(params.stats.lse_low + at, is_finite(high) ? float(lse - double(high)) : 0.0f);
-    }
+    store_global(params.stats.lse + at, float(lse));
+    store_global(params.stats.lse_low + at, low);
     store_global(params.stats.delta + at, delta);
+  }
+
+  // log(sum of P) of a row by its lse: 0 unless lse is too coarse to hold the logarithm of the
+  // sum that it is made of, as where the scores lie around -1e38 (a bias of finfo.min).
+  static FAE_DEVICE_COLD float log_sum(const Params& params, int batch, int head_kv, int packed_row,
+                                       float lse, float lse_low) {
+    const Problem& p = params.call.problem;
+    const ScoreTile row = single_row(p, params.scale, batch, head_kv, packed_row);
+    const int i = row.rows.query(0);
+    const KeyRange seen = visible_keys(p.masking.band, row.kv_length, i, i + 1);
+    float sum = 0;
+    for (int j = int(seen.begin) + lane_index(); j < seen.end; j += kWarpSize) {
+      const float s = exact_score<T, kModified>(row, j).value;
+      if (s != kHidden) sum += probability(s, params.scale.natural, lse, lse_low);
+    }
+    return logf(warp_sum(sum));
   }
 
   static FAE_DEVICE float dot_rows(const Params& params, int64_t out, int64_t dout) {
     const View4 &a = params.call.out, &b = params.call.dout;
     const int columns = int(params.call.problem.dim_v);
+    const bool vector = params.vector.out && params.vector.dout;
     float sum = 0;
-    if (params.vector.out && params.vector.dout) {
-      for (int c = lane_index() * kChunk; c < columns; c += kWarpSize * kChunk) {
+    // The same order of additions either way.
+    for (int c = lane_index() * kChunk; c < columns; c += kWarpSize * kChunk) {
+      if (vector) {
         T x[kChunk], y[kChunk];
         const Vec16 xs = load_global(reinterpret_cast<const Vec16*>(static_cast<const T*>(a.data) + out + c));
         const Vec16 ys =
@@ -74,10 +96,10 @@ class RowStatsKernel {
         memcpy(y, &ys, 16);
         FAE_UNROLL
         for (int e = 0; e < kChunk; ++e) sum += to_float(x[e]) * to_float(y[e]);
-      }
-    } else {
-      for (int c = lane_index(); c < columns; c += kWarpSize) {
-        sum += load_element<T>(a, out, c) * load_element<T>(b, dout, c);
+      } else {
+        for (int e = 0; e < kChunk && c + e < columns; ++e) {
+          sum += load_element<T>(a, out, c + e) * load_element<T>(b, dout, c + e);
+        }
       }
     }
     return warp_sum(sum);

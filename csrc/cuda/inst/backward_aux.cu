@@ -9,7 +9,10 @@ namespace {
 
 constexpr DType kType = DTypeOf<FAE_TYPE>::value;
 
-const AddVariant kRowStats(make_variant<RowStatsKernel<FAE_TYPE>>(Pass::kRowStats, kType, 0, true, true));
+const AddVariant kStatsPlain(make_variant<RowStatsKernel<FAE_TYPE, false>>(Pass::kRowStats, kType, 0, true,
+                                                                           false));
+const AddVariant kStatsModified(make_variant<RowStatsKernel<FAE_TYPE, true>>(Pass::kRowStats, kType, 0, true,
+                                                                             true));
 const AddVariant kRoundPlain(make_variant<RoundQueryGrad<FAE_TYPE, false>>(Pass::kRoundQueryGrad, kType, 0,
                                                                            true, false));
 const AddVariant kRoundModified(make_variant<RoundQueryGrad<FAE_TYPE, true>>(Pass::kRoundQueryGrad, kType, 0,

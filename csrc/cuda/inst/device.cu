@@ -2,6 +2,7 @@
 #include "cuda/launch/device.h"
 
 #include <cuda_runtime.h>
+#include "cuda/launch/c_api.h"
 
 #include <mutex>
 #include <stdexcept>
@@ -44,3 +45,6 @@ const Device& device_properties(int index) {
 }
 
 }  // namespace fae::cuda
+
+// What the driver has to serve: 1000 major + 10 minor.
+extern "C" FAE_EXPORT int fae_cuda_runtime_version() { return CUDART_VERSION; }

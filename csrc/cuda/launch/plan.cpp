@@ -93,7 +93,7 @@ Plan plan_backward(const Problem& p, const Device& device, const Options& option
   Plan plan = begin(p, device, options);
   if (!plan.objections.empty()) return plan;
   const bool modified = !p.score.is_plain();
-  choose(&plan, &plan.row_stats, Pass::kRowStats, p, true, device);
+  choose(&plan, &plan.row_stats, Pass::kRowStats, p, modified, device);
   choose(&plan, &plan.key_grad, Pass::kKeyGrad, p, modified, device);
   if (!plan.objections.empty()) return plan;
   // A kernel that cuts up the head dim sees no whole row of dS K.

@@ -136,6 +136,7 @@ class BiasGrad {
           PackedRows(), query_count(at), at.key,       int(p_.masking.kv_lengths.at(at.batch, p_.seq_kv))};
       tile.rows.query_begin = at.query;
       score_gradients<true>(s, ds, load_stats(at, row), tile, row, classify_tile(at) != TileClass::kFull,
+                            p_.masking.mask.present(),
                             /*before_softcap=*/false);
       FAE_UNROLL
       for (int n = 0; n < kTileKV / 8; ++n) {
@@ -161,7 +162,7 @@ class BiasGrad {
       const int64_t index = (int64_t(at.batch) * p_.heads_kv + at.head / group) * params_.stats.rows_padded +
                             int64_t(clamped) * group + at.head % group;
       rows.lse[half] = load_global(params_.stats.lse + index);
-      rows.lse_low[half] = sizeof(T) == 4 ? load_global(params_.stats.lse_low + index) : 0.0f;
+      rows.lse_low[half] = load_global(params_.stats.lse_low + index);
       rows.delta[half] = load_global(params_.stats.delta + index);
     }
     return rows;

@@ -5,6 +5,7 @@
 #include "cuda/sm80/config.h"
 #include "cuda/tile/exact_row.h"
 #include "cuda/tile/gmem_tile.h"
+#include "cuda/tile/mask_class.h"
 #include "cuda/tile/pipeline.h"
 #include "cuda/tile/product.h"
 #include "cuda/tile/softmax.h"
@@ -102,19 +103,27 @@ class Forward {
     for (int key = first_key; key < key_end_; key += kTileKV) {
       FragC s[kM][kTileKV / 8];
       clear(s);
+      const ScoreTile tile = score_tile(key);
+      const TileClass mask_class =
+          p_.masking.mask.present() ? classify_mask<kRowsOfWarp, kTileKV>(tile, row, 0) : TileClass::kFull;
+      // A warp whose rows see nothing of the tile only keeps step with the others.
+      const bool seen = mask_class != TileClass::kSkip;
       for (int step = 0; step < steps(); ++step) {
         const Smem<std::byte> slot = ring.next(load);
         const TileQ q = kSplit ? TileQ{slot + TileKV::kBytes} : resident_q();
-        multiply_rows<T>(s, q, row, TileKV{slot}, 0, params_.fast_fp32);
+        if (seen) multiply_rows<T>(s, q, row, TileKV{slot}, 0, params_.fast_fp32);
       }
-      const bool partial = classify(p_.masking.band, kv_length_, rows_.query_begin, query_end_, key,
-                                    key + kTileKV) != TileClass::kFull;
-      if (kModified || partial || p_.masking.mask.present()) {
-        finish_scores<kModified, false>(s, no_slope, score_tile(key), row, 0, partial);
+      if (seen) {
+        const bool partial = classify(p_.masking.band, kv_length_, rows_.query_begin, query_end_, key,
+                                      key + kTileKV) != TileClass::kFull;
+        const bool masked = mask_class == TileClass::kPartial;
+        if (kModified || partial || masked) {
+          finish_scores<kModified, false>(s, no_slope, tile, row, 0, partial, masked);
+        }
+        softmax.update(s, out, params_.scale.exponent);
       }
-      softmax.update(s, out, params_.scale.exponent);
       const Smem<std::byte> slot = ring.next(load);
-      accumulate<T>(out, s, TileKV{slot}, params_.fast_fp32);
+      if (seen) accumulate<T>(out, s, TileKV{slot}, params_.fast_fp32);
     }
     copy_async_wait<0>();
     softmax.finish();

@@ -11,6 +11,7 @@
 #include "cuda/sm80/config.h"
 #include "cuda/tile/exact_row.h"
 #include "cuda/tile/gmem_tile.h"
+#include "cuda/tile/mask_class.h"
 #include "cuda/tile/pipeline.h"
 #include "cuda/tile/product.h"
 #include "cuda/tile/score_grad.h"
@@ -134,38 +135,47 @@ class KeyGrad {
       Scores p, ds;
       clear(p);
       clear(ds);
+      const ScoreTile tile = score_tile(row);
+      const TileClass mask_class =
+          p_.masking.mask.present() ? classify_mask<kTileQ, 16>(tile, 0, key_row) : TileClass::kFull;
+      // A warp whose keys nobody of the tile sees only keeps step with the others.
+      const bool seen = mask_class != TileClass::kSkip;
       if constexpr (!kSplit) {
         const Smem<std::byte> slot = ring.next(load);
         const TileQ q{slot}, dout{slot + TileQ::kBytes};
-        multiply_rows<T>(p, resident_k(), key_row, q, 0, fast);
-        score_gradients(
-            p, row, key_row,
-            [&](Scores& weights) {
-              accumulate<T>(dv, weights, dout, fast);
-              multiply_rows<T>(ds, resident_v(), key_row, dout, 0, fast);
-            },
-            ds);
-        accumulate<T>(dk, ds, q, fast);
+        if (seen) {
+          multiply_rows<T>(p, resident_k(), key_row, q, 0, fast);
+          score_gradients(
+              p, tile, mask_class, key_row, row,
+              [&](Scores& weights) {
+                accumulate<T>(dv, weights, dout, fast);
+                multiply_rows<T>(ds, resident_v(), key_row, dout, 0, fast);
+              },
+              ds);
+          accumulate<T>(dk, ds, q, fast);
+        }
         if (params_.dq_sum) add_query_gradients(ds, row, key_row);
       } else {
         for (int step = 0; step < steps_k(); ++step) {
           const Smem<std::byte> slot = ring.next(load);
-          multiply_rows<T>(p, TileKV{slot}, key_row, TileQ{slot + TileKV::kBytes}, 0, fast);
+          if (seen) multiply_rows<T>(p, TileKV{slot}, key_row, TileQ{slot + TileKV::kBytes}, 0, fast);
         }
         Scores weights;
         score_gradients(
-            p, row, key_row,
+            p, tile, mask_class, key_row, row,
             [&](Scores& w) {
               copy(weights, w);
               for (int step = 0; step < steps_v(); ++step) {
                 const Smem<std::byte> slot = ring.next(load);
-                multiply_rows<T>(ds, TileKV{slot}, key_row, TileQ{slot + TileKV::kBytes}, 0, fast);
+                if (seen) multiply_rows<T>(ds, TileKV{slot}, key_row, TileQ{slot + TileKV::kBytes}, 0, fast);
               }
             },
             ds);
         const Smem<std::byte> slot = ring.next(load);
-        accumulate<T>(dv, weights, TileQ{slot}, fast);
-        accumulate<T>(dk, ds, TileQ{slot + TileKV::kBytes}, fast);
+        if (seen) {
+          accumulate<T>(dv, weights, TileQ{slot}, fast);
+          accumulate<T>(dk, ds, TileQ{slot + TileKV::kBytes}, fast);
+        }
       }
     }
     copy_async_wait<0>();
@@ -173,24 +183,31 @@ class KeyGrad {
     store(dk, dv, key_row);
   }
 
-  // s: dot products of this warp's keys with the rows from `row` on. Makes P of them, hands P
-  // to use(p), which also leaves dP in ds, and makes dS of that.
+  // The keys of the block against the packed rows from `row` on.
+  FAE_DEVICE ScoreTile score_tile(int row) const {
+    const int left = int(p_.packed_rows()) - row;
+    return {p_,   params_.scale, batch_, head_q(), PackedRows(row, p_.group()), left < kTileQ ? left : kTileQ,
+            key_, kv_length_};
+  }
+
+  // s: dot products of this warp's keys with the rows of a tile. Makes P of them, hands P to
+  // use(p), which also leaves dP in ds, and makes dS of that.
   template <class Use>
-  FAE_DEVICE void score_gradients(Scores& s, int row, int key_row, Use&& use, Scores& ds) const {
-    const PackedRows rows(row, p_.group());
-    const int left = int(p_.packed_rows()) - row, count = left < kTileQ ? left : kTileQ;
-    const bool partial = classify(p_.masking.band, kv_length_, rows.query_begin, rows.query(count - 1) + 1,
-                                  key_, key_ + kTileKV) != TileClass::kFull;
-    const ScoreTile tile{p_, params_.scale, batch_, head_q(), rows, count, key_, kv_length_};
+  FAE_DEVICE void score_gradients(Scores& s, const ScoreTile& tile, TileClass mask_class, int key_row,
+                                  int row, Use&& use, Scores& ds) const {
+    const bool partial =
+        classify(p_.masking.band, kv_length_, tile.rows.query_begin, tile.rows.query(tile.row_count - 1) + 1,
+                 key_, key_ + kTileKV) != TileClass::kFull;
+    const bool masked = mask_class != TileClass::kFull;
     FragC slope[1][kModified ? kTileQ / 8 : 1];
     if constexpr (kModified) {
-      finish_scores<true, true>(s, slope, tile, key_row, 0, partial);
-    } else if (partial || p_.masking.mask.present()) {
+      finish_scores<true, true>(s, slope, tile, key_row, 0, partial, masked);
+    } else if (partial || masked) {
       constexpr FragC(*no_slope)[kTileQ / 8] = nullptr;
-      finish_scores<false, true>(s, no_slope, tile, key_row, 0, partial);
+      finish_scores<false, true>(s, no_slope, tile, key_row, 0, partial, masked);
     }
     const int64_t at = (int64_t(batch_) * p_.heads_kv + head_kv_) * params_.stats.rows_padded + row;
-    probabilities_transposed<T>(s, params_.stats, at, params_.scale.natural);
+    probabilities_transposed<kNeedsLow<T, kModified>>(s, params_.stats, at, params_.scale.natural);
     if constexpr (kModified) {
       multiply_elements(slope, s);
       use(s);

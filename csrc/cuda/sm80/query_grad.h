@@ -6,6 +6,7 @@
 #include "cuda/sm80/config.h"
 #include "cuda/tile/exact_row.h"
 #include "cuda/tile/gmem_tile.h"
+#include "cuda/tile/mask_class.h"
 #include "cuda/tile/pipeline.h"
 #include "cuda/tile/product.h"
 #include "cuda/tile/score_grad.h"
@@ -112,7 +113,7 @@ class QueryGrad {
     const int row = warp_index() * 16;
     const int64_t at =
         (int64_t(batch_) * p_.heads_kv + head_kv_) * params_.stats.rows_padded + row_begin_ + row;
-    const LaneRowStats stats = load_row_stats<T>(params_.stats, at);
+    const LaneRowStats stats = load_row_stats<kNeedsLow<T, kModified>>(params_.stats, at);
     FragC dq[1][kDim / 8];
     clear(dq);
     const int first_key = load_key_;
@@ -125,27 +126,35 @@ class QueryGrad {
       Scores s, ds;
       clear(s);
       clear(ds);
+      const ScoreTile tile{p_, params_.scale, batch_, head_q(), rows_, row_count_, key, kv_length_};
+      const TileClass mask_class =
+          p_.masking.mask.present() ? classify_mask<16, kTileKV>(tile, row, 0) : TileClass::kFull;
+      // A warp whose rows see nothing of the tile only keeps step with the others.
+      const bool seen = mask_class != TileClass::kSkip;
       TileKV keys;
       if constexpr (!kSplit) {
         const Smem<std::byte> slot = ring.next(load);
         keys = TileKV{slot};
-        multiply_rows<T>(s, resident_q(), row, keys, 0, fast);
-        multiply_rows<T>(ds, resident_dout(), row, TileKV{slot + TileKV::kBytes}, 0, fast);
+        if (seen) {
+          multiply_rows<T>(s, resident_q(), row, keys, 0, fast);
+          multiply_rows<T>(ds, resident_dout(), row, TileKV{slot + TileKV::kBytes}, 0, fast);
+        }
       } else {
         for (int step = 0; step < steps_k(); ++step) {
           const Smem<std::byte> slot = ring.next(load);
-          multiply_rows<T>(s, TileQ{slot + TileKV::kBytes}, row, TileKV{slot}, 0, fast);
+          if (seen) multiply_rows<T>(s, TileQ{slot + TileKV::kBytes}, row, TileKV{slot}, 0, fast);
         }
         for (int step = 0; step < steps_v(); ++step) {
           const Smem<std::byte> slot = ring.next(load);
-          multiply_rows<T>(ds, TileQ{slot + TileKV::kBytes}, row, TileKV{slot}, 0, fast);
+          if (seen) multiply_rows<T>(ds, TileQ{slot + TileKV::kBytes}, row, TileKV{slot}, 0, fast);
         }
         keys = TileKV{ring.next(load)};
       }
+      if (!seen) continue;
       const bool partial = classify(p_.masking.band, kv_length_, rows_.query_begin, query_end_, key,
                                     key + kTileKV) != TileClass::kFull;
-      const ScoreTile tile{p_, params_.scale, batch_, head_q(), rows_, row_count_, key, kv_length_};
-      score_gradients<kModified>(s, ds, stats, tile, row, partial, /*before_softcap=*/true);
+      score_gradients<kModified>(s, ds, stats, tile, row, partial, mask_class == TileClass::kPartial,
+                                 /*before_softcap=*/true);
       accumulate<T>(dq, ds, keys, fast);
     }
     copy_async_wait<0>();

@@ -130,7 +130,7 @@ FAE_DEVICE_COLD PairGrad exact_pair_grad(const BackwardParams& params, int batch
   if (score.value == kHidden) return {0, 0, false};
   const int64_t at = (int64_t(batch) * p.heads_kv + head_kv) * params.stats.rows_padded + packed_row;
   const int head = row.head + row.rows.head(0);
-  const float low = params.stats.lse_low ? load_global(params.stats.lse_low + at) : 0.0f;
+  const float low = load_global(params.stats.lse_low + at);
   const float exponent = score.value * params.scale.natural - load_global(params.stats.lse + at) - low;
   const float weight = exp2_fast(exponent * kLog2E);
   const float dp = dot<T>(params.call.dout, params.call.dout.offset(batch, head, row.rows.query(0)), p.v,

@@ -42,43 +42,43 @@ struct Mma {  // 16-bit types
   // Where a lane's part of an operand begins, for one that begins at (row, depth 0); the
   // loads below add multiples of 16 to it.
   template <class Tile>
-  static FAE_DEVICE Smem<std::byte> a_rows(const Tile& tile, int row) {
-    return tile.chunk(row + lane_index() % 16, lane_index() / 16);
+  static FAE_DEVICE LaneChunk a_rows(const Tile& tile, int row) {
+    return tile.lane_chunk(row + lane_index() % 16, lane_index() / 16);
   }
   template <class Tile>
-  static FAE_DEVICE Smem<std::byte> a_columns(const Tile& tile, int row) {
+  static FAE_DEVICE LaneChunk a_columns(const Tile& tile, int row) {
     const int lane = lane_index();
-    return Tile::move(tile.chunk(lane % 8 + lane / 16 * 8, lane / 8 % 2), 0, row / 8);
+    return Tile::move(tile.lane_chunk(lane % 8 + lane / 16 * 8, lane / 8 % 2), 0, row / 8);
   }
   template <class Tile>
-  static FAE_DEVICE Smem<std::byte> b_rows(const Tile& tile, int column) {
+  static FAE_DEVICE LaneChunk b_rows(const Tile& tile, int column) {
     const int lane = lane_index();
-    return tile.chunk(column + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    return tile.lane_chunk(column + lane % 8 + lane / 16 * 8, lane / 8 % 2);
   }
   template <class Tile>
-  static FAE_DEVICE Smem<std::byte> b_columns(const Tile& tile) {
-    return tile.chunk(lane_index() % 16, lane_index() / 16);
+  static FAE_DEVICE LaneChunk b_columns(const Tile& tile) {
+    return tile.lane_chunk(lane_index() % 16, lane_index() / 16);
   }
 
   template <class Tile>
-  static FAE_DEVICE void load_a_rows(A& a, Smem<std::byte> lane, int row, int depth, bool) {
-    ldmatrix_x4(a.reg, Tile::move(lane, row, depth / 8));
+  static FAE_DEVICE void load_a_rows(A& a, LaneChunk lane, int row, int depth, bool) {
+    ldmatrix_x4(a.reg, Tile::move(lane, row, depth / 8).at());
   }
   template <class Tile>
-  static FAE_DEVICE void load_a_columns(A& a, Smem<std::byte> lane, int depth, int row, bool) {
-    ldmatrix_x4_transposed(a.reg, Tile::move(lane, depth, row / 8));
+  static FAE_DEVICE void load_a_columns(A& a, LaneChunk lane, int depth, int row, bool) {
+    ldmatrix_x4_transposed(a.reg, Tile::move(lane, depth, row / 8).at());
   }
   // Two operands side by side: columns [column, column + 8) and the next 8.
   template <class Tile>
-  static FAE_DEVICE void load_b_rows(B (&b)[2], Smem<std::byte> lane, int column, int depth, bool) {
+  static FAE_DEVICE void load_b_rows(B (&b)[2], LaneChunk lane, int column, int depth, bool) {
     uint32_t reg[4];
-    ldmatrix_x4(reg, Tile::move(lane, column, depth / 8));
+    ldmatrix_x4(reg, Tile::move(lane, column, depth / 8).at());
     set(b, reg);
   }
   template <class Tile>
-  static FAE_DEVICE void load_b_columns(B (&b)[2], Smem<std::byte> lane, int depth, int column, bool) {
+  static FAE_DEVICE void load_b_columns(B (&b)[2], LaneChunk lane, int depth, int column, bool) {
     uint32_t reg[4];
-    ldmatrix_x4_transposed(reg, Tile::move(lane, depth, column / 8));
+    ldmatrix_x4_transposed(reg, Tile::move(lane, depth, column / 8).at());
     set(b, reg);
   }
 
@@ -129,45 +129,47 @@ struct Mma<float> {
   }
 
   template <class Tile>
-  static FAE_DEVICE Smem<std::byte> a_rows(const Tile& tile, int row) {
-    return tile.chunk(row + lane_index() % 16, lane_index() / 16);
+  static FAE_DEVICE LaneChunk a_rows(const Tile& tile, int row) {
+    return tile.lane_chunk(row + lane_index() % 16, lane_index() / 16);
   }
   template <class Tile>
-  static FAE_DEVICE Smem<std::byte> b_rows(const Tile& tile, int column) {
+  static FAE_DEVICE LaneChunk b_rows(const Tile& tile, int column) {
     const int lane = lane_index();
-    return tile.chunk(column + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    return tile.lane_chunk(column + lane % 8 + lane / 16 * 8, lane / 8 % 2);
   }
   template <class Tile>
-  static FAE_DEVICE Smem<std::byte> b_columns(const Tile& tile) {
+  static FAE_DEVICE LaneChunk b_columns(const Tile& tile) {
     const int g = lane_index() / 4, t = lane_index() % 4;
-    return tile.at(2 * t, g).template as<std::byte>();
+    LaneChunk lane = tile.lane_chunk(2 * t, g / Tile::kChunk);
+    lane.offset += g % Tile::kChunk * 4;
+    return lane;
   }
   template <class Tile>
-  static FAE_DEVICE Smem<std::byte> a_columns(const Tile& tile, int row) {
+  static FAE_DEVICE LaneChunk a_columns(const Tile& tile, int row) {
     return Tile::move(b_columns(tile), 0, row / 4);
   }
 
   template <class Tile>
-  static FAE_DEVICE void load_a_rows(A& a, Smem<std::byte> lane, int row, int depth, bool fast) {
+  static FAE_DEVICE void load_a_rows(A& a, LaneChunk lane, int row, int depth, bool fast) {
     uint32_t reg[4];
-    ldmatrix_x4(reg, Tile::move(lane, row, depth / 4));
+    ldmatrix_x4(reg, Tile::move(lane, row, depth / 4).at());
     FAE_UNROLL
     for (int i = 0; i < 4; ++i) a.set(i, bit_cast<float>(reg[i]), fast);
   }
   template <class Tile>
-  static FAE_DEVICE void load_a_columns(A& a, Smem<std::byte> lane, int depth, int row, bool fast) {
+  static FAE_DEVICE void load_a_columns(A& a, LaneChunk lane, int depth, int row, bool fast) {
     FAE_UNROLL
     for (int i = 0; i < 4; ++i) a.set(i, load_column<Tile>(lane, depth, row + i % 2 * 8, i / 2), fast);
   }
   template <class Tile>
-  static FAE_DEVICE void load_b_rows(B (&b)[2], Smem<std::byte> lane, int column, int depth, bool fast) {
+  static FAE_DEVICE void load_b_rows(B (&b)[2], LaneChunk lane, int column, int depth, bool fast) {
     uint32_t reg[4];
-    ldmatrix_x4(reg, Tile::move(lane, column, depth / 4));
+    ldmatrix_x4(reg, Tile::move(lane, column, depth / 4).at());
     FAE_UNROLL
     for (int i = 0; i < 4; ++i) b[i / 2].set(i % 2, bit_cast<float>(reg[i]), fast);
   }
   template <class Tile>
-  static FAE_DEVICE void load_b_columns(B (&b)[2], Smem<std::byte> lane, int depth, int column, bool fast) {
+  static FAE_DEVICE void load_b_columns(B (&b)[2], LaneChunk lane, int depth, int column, bool fast) {
     FAE_UNROLL
     for (int i = 0; i < 4; ++i) {
       b[i / 2].set(i % 2, load_column<Tile>(lane, depth, column + i / 2 * 8, i % 2), fast);
@@ -185,11 +187,11 @@ struct Mma<float> {
  private:
   // Element (2 t + odd, g) of the 8 x 8 block at (depth, column).
   template <class Tile>
-  static FAE_DEVICE float load_column(Smem<std::byte> lane, int depth, int column, int odd) {
-    Smem<std::byte> at = Tile::move(lane, depth, column / 4);
+  static FAE_DEVICE float load_column(LaneChunk lane, int depth, int column, int odd) {
+    LaneChunk from = Tile::move(lane, depth, column / 4);
     // Row 2 t + 1 is one row down, and its chunks are swizzled by one bit more.
-    if (odd) at = Smem<std::byte>{at.address ^ 16u} + Tile::kChunks * 16;
-    return load_shared(at.template as<float>());
+    if (odd) from.offset = (from.offset ^ 16u) + Tile::kChunks * 16;
+    return load_shared(from.at().template as<float>());
   }
 };
 

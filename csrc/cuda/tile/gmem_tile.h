@@ -21,7 +21,7 @@ FAE_DEVICE void load_tile(SmemTile<T, kRows, kCols> tile, const RowSource<const 
     constexpr bool kRegular = kThreads % Tile::kChunks == 0 && kThreads / Tile::kChunks % 8 == 0;
     constexpr int kRowStep = kRegular ? kThreads / Tile::kChunks : 1;
     const int first = thread_index() / Tile::kChunks, chunk0 = thread_index() % Tile::kChunks;
-    const Smem<std::byte> dst0 = tile.chunk(kRegular ? first : 0, kRegular ? chunk0 : 0);
+    const LaneChunk dst0 = tile.lane_chunk(kRegular ? first : 0, kRegular ? chunk0 : 0);
     const bool plain = rows_are_regular(rows);
     const T* src0 = row_pointer(source, rows, first) + column + chunk0 * Tile::kChunk;
     const int64_t step = kRowStep * source.row_stride;
@@ -33,7 +33,7 @@ FAE_DEVICE void load_tile(SmemTile<T, kRows, kCols> tile, const RowSource<const 
       const int chunk = kRegular ? chunk0 : index % Tile::kChunks;
       const int c = column + chunk * Tile::kChunk;
       const bool inside = r < row_count && c < columns;
-      const Smem<std::byte> dst = kRegular ? Tile::move(dst0, i * kRowStep, 0) : tile.chunk(r, chunk);
+      const Smem<std::byte> dst = kRegular ? Tile::move(dst0, i * kRowStep, 0).at() : tile.chunk(r, chunk);
       const T* src = kRegular && plain ? src0 : row_pointer(source, rows, r) + c;
       src0 += step;
       copy_async_16(dst, inside ? src : source.data, inside);

@@ -24,7 +24,7 @@ FAE_DEVICE void multiply_rows(FragC (&c)[kM][kN], const TileA& a, int row, const
                               bool fast) {
   using M = Mma<T>;
   static_assert(TileA::kCols == TileB::kCols && kN % 2 == 0);
-  const Smem<std::byte> lane_a = M::a_rows(a, row), lane_b = M::b_rows(b, column);
+  const LaneChunk lane_a = M::a_rows(a, row), lane_b = M::b_rows(b, column);
   FAE_UNROLL
   for (int depth = 0; depth < TileA::kCols; depth += M::kStep) {
     typename M::A fa[kM];
@@ -50,8 +50,8 @@ FAE_DEVICE void multiply_columns(FragC (&c)[kM][kN], const TileA& a, int row, co
                                  bool fast) {
   using M = Mma<T>;
   static_assert(kN % 2 == 0);
-  const Smem<std::byte> lane_a = M::a_columns(a, row),
-                        lane_b = TileB::move(M::b_columns(b), 0, column / TileB::kChunk);
+  const LaneChunk lane_a = M::a_columns(a, row),
+                  lane_b = TileB::move(M::b_columns(b), 0, column / TileB::kChunk);
   FAE_UNROLL
   for (int depth = 0; depth < kDepth; depth += M::kStep) {
     typename M::A fa[kM];
@@ -77,7 +77,7 @@ FAE_DEVICE void accumulate(FragC (&c)[kM][kN], const FragC (&a)[kM][kDepthBlocks
   using M = Mma<T>;
   constexpr int kSteps = kDepthBlocks * 8 / M::kStep;
   static_assert(kN % 2 == 0 && TileB::kRows == kDepthBlocks * 8);
-  const Smem<std::byte> lane_b = M::b_columns(b);
+  const LaneChunk lane_b = M::b_columns(b);
   if constexpr (DTypeOf<T>::value == DType::kFloat32) {
     // Long sums are taken in pieces, one a tile, or their rounding errors would show in fp32.
     typename M::A fa[kM][kSteps];

@@ -17,7 +17,7 @@ struct PackedRows {
 
   FAE_DEVICE PackedRows() {}
   FAE_DEVICE PackedRows(int first_row, int64_t heads_per_group) : group(int(heads_per_group)) {
-    query_begin = first_row / group;
+    query_begin = group == 1 ? first_row : first_row / group;
     remainder = first_row - query_begin * group;
   }
   FAE_DEVICE int query(int r) const {

@@ -144,11 +144,12 @@ FAE_DEVICE Score cap_score(float dot, const ScoreScale& scale, float cap) {
   return {capped, softcap_slope(capped, cap)};
 }
 
-// Dot products become scores, -inf where hidden. `partial`: band or length cut the tile. With
-// kModified, `slope` (if there is one) receives d score / d (scale * dot).
+// Dot products become scores, -inf where hidden. `partial`: band or length cut the tile;
+// `masked`: its part of the bool mask is mixed. With kModified, `slope` (if there is one)
+// receives d score / d (scale * dot).
 template <bool kModified, bool kTransposed, int kM, int kN>
 FAE_DEVICE void finish_scores(FragC (&s)[kM][kN], FragC (*slope)[kN], const ScoreTile& tile, int row,
-                              int column, bool partial) {
+                              int column, bool partial, bool masked) {
   const Problem& p = tile.problem;
   if constexpr (kModified) {
     const float cap = float(p.score.softcap);
@@ -167,10 +168,10 @@ FAE_DEVICE void finish_scores(FragC (&s)[kM][kN], FragC (*slope)[kN], const Scor
   }
   // Rows and keys that do not exist are hidden first: nothing is read for them below.
   const View4& mask = p.masking.mask;
-  if (partial || mask.present() || (kModified && p.score.bias.present())) {
+  if (partial || masked || (kModified && p.score.bias.present())) {
     hide_outside<kTransposed>(s, tile, row, column);
   }
-  if (mask.present()) {
+  if (masked) {
     const auto* data = static_cast<const uint8_t*>(mask.data);
     for_each_visible<kTransposed>(s, mask, tile, row, column, [data](float& x, int64_t at) {
       if (load_global(data + at) == 0) x = kHidden;

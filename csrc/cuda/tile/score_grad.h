@@ -13,11 +13,15 @@ FAE_DEVICE float probability(float s, float natural, float lse, float lse_low) {
 
 struct alignas(8) FloatPair { float x, y; };
 
+// Whether lse in fp32 is too coarse for the kernels of T and its lse_low counts: always in fp32, and
+// for rows far from 0, which in 16 bits a bias makes (a row at finfo.min).
+template <class T, bool kModified>
+constexpr bool kNeedsLow = sizeof(T) == 4 || kModified;
+
 // Columns are packed rows, `at` the place of the first in the statistics.
-template <class T, int kN>
+template <bool kLow, int kN>
 FAE_DEVICE void probabilities_transposed(FragC (&s)[1][kN], const RowStats& stats, int64_t at,
                                          float natural) {
-  constexpr bool kLow = sizeof(T) == 4;
   const float* const lse = stats.lse + at + 2 * (lane_index() % 4);
   const float* const low = kLow ? stats.lse_low + at + 2 * (lane_index() % 4) : nullptr;
   FAE_UNROLL
@@ -77,14 +81,14 @@ FAE_DEVICE void copy(FragC (&to)[kM][kN], const FragC (&from)[kM][kN]) {
 struct LaneRowStats { float lse[2], lse_low[2], delta[2]; };
 
 // `at`: the place of the warp's first row.
-template <class T>
+template <bool kLow>
 FAE_DEVICE LaneRowStats load_row_stats(const RowStats& stats, int64_t at) {
   LaneRowStats rows;
   FAE_UNROLL
   for (int half = 0; half < 2; ++half) {
     const int64_t row = at + 8 * half + lane_index() / 4;
     rows.lse[half] = load_global(stats.lse + row);
-    rows.lse_low[half] = sizeof(T) == 4 ? load_global(stats.lse_low + row) : 0.0f;
+    rows.lse_low[half] = kLow ? load_global(stats.lse_low + row) : 0.0f;
     rows.delta[half] = load_global(stats.delta + row);
   }
   return rows;
@@ -94,13 +98,14 @@ FAE_DEVICE LaneRowStats load_row_stats(const RowStats& stats, int64_t at) {
 // before_softcap: times d score / d (scale * dot).
 template <bool kModified, int kN>
 FAE_DEVICE void score_gradients(FragC (&s)[1][kN], FragC (&dp)[1][kN], const LaneRowStats& stats,
-                                const ScoreTile& tile, int row, bool partial, bool before_softcap) {
+                                const ScoreTile& tile, int row, bool partial, bool masked,
+                                bool before_softcap) {
   FragC slope[1][kModified ? kN : 1];
   if constexpr (kModified) {
-    finish_scores<true, false>(s, slope, tile, row, 0, partial);
-  } else if (partial || tile.problem.masking.mask.present()) {
+    finish_scores<true, false>(s, slope, tile, row, 0, partial, masked);
+  } else if (partial || masked) {
     constexpr FragC(*no_slope)[kN] = nullptr;
-    finish_scores<false, false>(s, no_slope, tile, row, 0, partial);
+    finish_scores<false, false>(s, no_slope, tile, row, 0, partial, masked);
   }
   FAE_UNROLL
   for (int n = 0; n < kN; ++n) {

@@ -5,6 +5,15 @@
 
 namespace fae::cuda {
 
+// A chunk that a lane reads, as tile and offset: tiles of one shape share the offsets, so that
+// a lane keeps few of them.
+struct LaneChunk {
+  Smem<std::byte> tile;
+  uint32_t offset;
+
+  FAE_DEVICE Smem<std::byte> at() const { return tile + int64_t(offset); }
+};
+
 // kRows x kCols elements, row-major in chunks of 16 bytes. Chunks trade places within a
 // row, by a pattern that differs in each of 8 consecutive rows: reading one chunk column
 // of 8 rows (ldmatrix) touches every bank once, and so does writing a row.
@@ -27,12 +36,15 @@ struct SmemTile {
     return chunk(row, col / kChunk).template as<T>() + col % kChunk;
   }
 
+  FAE_DEVICE LaneChunk lane_chunk(int row, int index) const {
+    return {base, uint32_t(row * kChunks + (index ^ swizzle(row))) * 16};
+  }
+
   // From a chunk at (r, i) to the one at (r + rows, i + chunks), for rows a multiple of 8 and
-  // chunks without a bit in common with i. With constant arguments a single instruction or
-  // two, so that a lane keeps one address per operand and not one per chunk.
-  static FAE_DEVICE Smem<std::byte> move(Smem<std::byte> from, int rows, int chunks) {
-    return {(from.address ^ uint32_t((chunks & kSwizzleMask) * 16)) +
-            uint32_t((chunks & ~kSwizzleMask) * 16 + rows * kChunks * 16)};
+  // chunks without a bit in common with i. With constant arguments an instruction or two.
+  static FAE_DEVICE LaneChunk move(LaneChunk from, int rows, int chunks) {
+    return {from.tile, (from.offset ^ uint32_t((chunks & kSwizzleMask) * 16)) +
+                           uint32_t((chunks & ~kSwizzleMask) * 16 + rows * kChunks * 16)};
   }
 
  private:
