@@ -13,14 +13,17 @@ from __future__ import annotations
 import argparse
 import datetime
 import platform
+import shutil
 import sys
 import time
 from pathlib import Path
 
+from .conformance import HOME
 from .report import write_report
 from .session import ROOT, run_step, steps
 
 SECONDS = 570
+HARDWARE_RECORD = HOME / "hardware.txt"
 TIMINGS = "timings"
 
 
@@ -93,6 +96,8 @@ def main() -> int:
             continue
         step.seconds = min(step.seconds, left)
         results["steps"].append(run_step(step, logs))
+        if step.name == "conformance" and HARDWARE_RECORD.exists():
+            shutil.copy(HARDWARE_RECORD, out)
         print(step.name, results["steps"][-1]["status"], results["steps"][-1].get("summary", ""), flush=True)
         save()
     if not options.only or TIMINGS in options.only:
