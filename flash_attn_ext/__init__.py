@@ -6,7 +6,8 @@ Example:
     >>> out = flash_attn_ext.flash_attention(q, k, v, causal=True)
 """
 
-from . import autograd, dispatch, fake
+from . import autograd, dispatch, fake, ops
+from . import testing as testing
 from ._C import build_info as _build_info
 from .config import AttentionConfig
 from .dispatch import available_backends, set_backend
@@ -34,5 +35,6 @@ __all__ = [
 ]
 
 dispatch.configure_logging()
-fake.register()
-autograd.register()
+for _operators in (ops.KERNELS, ops.PORTABLE):
+    fake.register(_operators)
+    autograd.register(_operators)

@@ -1,4 +1,4 @@
-"""Loads the two native binaries: the pybind11 module ``_C`` and the operators.
+"""Loads the native binaries: the pybind11 module ``_C`` and the operators.
 
 Each way in which that can fail (not built, built for another Python, an old torch) is an
 ImportError of one sentence.
@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 
 OPERATOR_LIBRARY = Path(__file__).resolve().parent / "lib" / "libflash_attn_ext_cpu.so"
+CUDA_LIBRARY = OPERATOR_LIBRARY.with_name("libflash_attn_ext_cuda.so")
 MIN_TORCH = (2, 11)
 
 
@@ -57,6 +58,19 @@ def load_operators(library: Path = OPERATOR_LIBRARY) -> None:
             f"flash_attn_ext's operators do not load in torch {torch.__version__} ({error}); "
             "build the package again with `pip install -e .`."
         ) from error
+
+
+def load_cuda_operators(library: Path = CUDA_LIBRARY) -> str | None:
+    """Register the CUDA kernels of the same operators. Returns why there are none, or None."""
+    if not library.exists():
+        return "this build holds no CUDA kernels"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"the CUDA kernels do not load in torch {torch.__version__} ({error})"
+    return None
 
 
 check_torch(torch.__version__)

@@ -12,7 +12,7 @@ from . import ops
 from ._problem import AUTOCAST_DEVICES
 
 # Positions in the forward operators' arguments: three tensors, mask, bias, kv_lengths, options,
-# return_lse, and for `portable` two block sizes.
+# return_lse, and what the backend wants to be told beyond that.
 _BIAS, _TENSORS, _RETURN_LSE = 4, 6, 12
 
 
@@ -49,14 +49,14 @@ def _backward(
     """One gradient or None for each argument of the forward operator."""
     q, k, v, mask, bias, kv_lengths, out, lse = ctx.saved_tensors
     *options, return_lse = ctx.options[: _RETURN_LSE - _TENSORS + 1]
-    blocks = ctx.options[len(options) + 1 :]
+    own = ctx.options[len(options) + 1 :]
     masking = mask, bias, kv_lengths
     if not return_lse:
-        lse = ctx.operators.forward(q, k, v, *masking, *options, True, *blocks)[1]
+        lse = ctx.operators.forward(q, k, v, *masking, *options, True, *own)[1]
         dlse = None
     if dout is None:
         dout = torch.zeros_like(out)
-    grads = ctx.operators.backward(dout, dlse, q, k, v, out, lse, *masking, *options, need_bias_grad, *blocks)
+    grads = ctx.operators.backward(dout, dlse, q, k, v, out, lse, *masking, *options, need_bias_grad, *own)
     if torch.is_grad_enabled():  # create_graph: whoever differentiates these gradients is told
         grads = _RefuseSecondOrder.apply(4, *(g.detach() for g in grads), dout, q, k, v, bias)
     dq, dk, dv, dbias = grads
@@ -145,8 +145,7 @@ def _register_autocast(operators: ops.Operators) -> None:
         _library.impl(operators.attention, kernel, key)
 
 
-def register() -> None:
-    """Make the operators named `attention` differentiable and subject to autocast."""
-    for operators in (ops.CPU, ops.PORTABLE):
-        _register_autograd(operators)
-        _register_autocast(operators)
+def register(operators: ops.Operators) -> None:
+    """Make `operators.attention` differentiable and subject to autocast."""
+    _register_autograd(operators)
+    _register_autocast(operators)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from . import _cuda
 from ._errors import choice
 
 BACKENDS = ("auto", "cpu", "cuda", "portable", "standard")
@@ -46,38 +49,47 @@ def log_once(level: int, message: str) -> None:
         logger.log(level, message)
 
 
-_AUTO_CPU = "auto: cpu kernels serve tensors on cpu"
+_AUTO = {
+    "cpu": "auto: cpu kernels serve tensors on cpu",
+    "cuda": "auto: cuda kernels serve tensors on cuda",
+}
 
 
 def log_auto_cpu() -> None:
-    if _AUTO_CPU not in _logged:
-        log_once(logging.DEBUG, _AUTO_CPU)
+    if _AUTO["cpu"] not in _logged:
+        log_once(logging.DEBUG, _AUTO["cpu"])
+
+
+def _known() -> list[str]:
+    """Every name that a caller may give: a backend of tests is one once it has been loaded."""
+    return [*BACKENDS, *(name for name in _cuda.BACKENDS if name not in BACKENDS)]
 
 
 def check_backend_name(argument: str, name: object) -> None:
-    choice(argument, name, dict.fromkeys(BACKENDS))
+    choice(argument, name, dict.fromkeys(_known()))
 
 
 def set_backend(name: str) -> None:
     """Make `name` the backend of every later call that does not name one; "auto" undoes it.
 
     Args:
-        name: "auto", "cpu", "portable" or "standard".
+        name: "auto", "cpu", "cuda", "portable" or "standard".
 
     Raises:
         ValueError: there is no such backend.
         NotImplementedError: it exists and cannot run here; the message says why.
     """
     check_backend_name("backend name", name)
-    if name == "cuda":
-        raise NotImplementedError(f"backend 'cuda' is unavailable: {unavailable()['cuda']}")
+    if name in _cuda.BACKENDS and (reason := _cuda.unavailable(name)):
+        raise NotImplementedError(f"backend {name!r} is unavailable: {reason}")
     global _default, _default_from
     _default, _default_from = name, "set_backend"
 
 
 def unavailable() -> dict[str, str]:
-    """Backends that cannot run in this installation, and why."""
-    return {"cuda": "this build holds no CUDA kernels"}
+    """Backends that cannot run in this process, and why."""
+    reasons = {name: _cuda.unavailable(name) for name in _cuda.BACKENDS}
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def available_backends() -> list[str]:
@@ -88,22 +100,38 @@ def available_backends() -> list[str]:
         ['cpu', 'portable', 'standard']
     """
     missing = unavailable()
-    return [name for name in BACKENDS if name != "auto" and name not in missing]
+    return [name for name in _known() if name != "auto" and name not in missing]
 
 
-def objections(backend: str, device: torch.device, batch_invariant: bool = False) -> list[str]:
+class Request(NamedTuple):
+    """What of a call the choice of a backend depends on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    dim: int  # the larger of q's and v's; 0 is unknown
+    batch_invariant: bool
+
+    @classmethod
+    def of(cls, q: Tensor, v: Tensor, batch_invariant: bool) -> Request:
+        """While torch traces, a size may be a symbol, and the choice must not depend on it."""
+        sized = not torch.compiler.is_compiling() and q.dim() and v.dim()
+        return cls(q.device, q.dtype, max(q.shape[-1], v.shape[-1]) if sized else 0, batch_invariant)
+
+
+def objections(backend: str, request: Request) -> list[str]:
     """Every reason why `backend` cannot serve such a call; empty when it can."""
     reasons = []
-    if reason := unavailable().get(backend):
-        reasons.append(reason)
+    device = request.device
+    if backend in _cuda.BACKENDS:
+        reasons += _cuda.objections(backend, device, request.dtype, request.dim)
     if backend == "cpu" and device.type != "cpu":
         reasons.append(f"its kernels run on the CPU, q is on {device.type}")
-    if backend == "standard" and batch_invariant:
+    if backend == "standard" and request.batch_invariant:
         reasons.append("batch_invariant=True: one large product may round differently at another size")
     return reasons
 
 
-def resolve(backend: str, configured: str, device: torch.device, batch_invariant: bool) -> str:
+def resolve(backend: str, configured: str, request: Request) -> str:
     """The backend that serves a call: what it names, else its config, else the default, else the best.
 
     Raises:
@@ -112,21 +140,34 @@ def resolve(backend: str, configured: str, device: torch.device, batch_invariant
     for argument, name in (("backend", backend), ("config.backend", configured)):
         if name != "auto":
             check_backend_name(argument, name)
-            return _required(name, device, batch_invariant)
+            return _required(name, request)
     if _default != "auto":
         check_backend_name(_default_from, _default)
-        return _required(_default, device, batch_invariant)
-    if device.type in ("cpu", "meta"):
-        log_auto_cpu()
-        return "cpu"
-    log_once(
-        logging.WARNING,
-        f"auto: no kernels for device {device.type!r} in this build, using the slower backend 'portable'",
-    )
-    return "portable"
+        return _required(_default, request)
+    name, reasons = preferred(request)
+    if reasons:
+        why = "; ".join(reasons)
+        log_once(
+            logging.WARNING,
+            f"auto: the slower backend 'portable' serves tensors on {request.device.type}: {why}",
+        )
+    else:
+        log_once(logging.DEBUG, _AUTO[name])
+    return name
 
 
-def _required(name: str, device: torch.device, batch_invariant: bool) -> str:
-    if reasons := objections(name, device, batch_invariant):
+def preferred(request: Request) -> tuple[str, list[str]]:
+    """What "auto" takes, and why nothing better."""
+    kind = request.device.type
+    if kind in ("cpu", "meta"):
+        return "cpu", []
+    if kind != "cuda":
+        return "portable", [f"there are no kernels for device {kind!r} in this build"]
+    reasons = objections("cuda", request)
+    return ("portable" if reasons else "cuda"), reasons
+
+
+def _required(name: str, request: Request) -> str:
+    if reasons := objections(name, request):
         raise NotImplementedError(f"backend {name!r} cannot serve this call: {'; '.join(reasons)}")
     return name

@@ -22,13 +22,13 @@ def _lse(q: Tensor, layout: int, return_lse: bool) -> Tensor:
 
 
 def _forward(q, k, v, mask, bias, kv_lengths, layout, *options):
-    options, return_lse = options[:5], options[5]  # for `portable`, block sizes may follow
+    options, return_lse = options[:5], options[5]  # a backend's own arguments follow
     _check(q, k, v, mask, bias, kv_lengths, layout, *options)
     return q.new_empty(*q.shape[:-1], v.shape[-1]), _lse(q, layout, return_lse)
 
 
 def _forward_out(q, k, v, out, mask, bias, kv_lengths, layout, *options):
-    *options, return_lse = options
+    options, return_lse = options[:5], options[5]
     _check(q, k, v, mask, bias, kv_lengths, layout, *options, out=out)
     return _lse(q, layout, return_lse)
 
@@ -39,9 +39,9 @@ def _backward(dout, dlse, q, k, v, out, lse, mask, bias, *options):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 
-def register() -> None:
-    for operators in (ops.CPU, ops.PORTABLE):
-        torch.library.register_fake(operators.attention, _forward)
-        torch.library.register_fake(operators.forward, _forward)
-        torch.library.register_fake(operators.backward, _backward)
-    torch.library.register_fake(ops.forward_out, _forward_out)
+def register(operators: ops.Operators) -> None:
+    torch.library.register_fake(operators.attention, _forward)
+    torch.library.register_fake(operators.forward, _forward)
+    torch.library.register_fake(operators.backward, _backward)
+    if operators.forward_out is not None:
+        torch.library.register_fake(operators.forward_out, _forward_out)

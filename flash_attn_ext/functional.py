@@ -8,7 +8,7 @@ import operator
 import torch
 from torch import Tensor
 
-from . import _errors, autograd, dispatch, ops, portable, reference
+from . import _cuda, _errors, autograd, dispatch, ops, portable, reference
 from ._problem import LAYOUTS, lse_dtype, lse_shape
 from .config import AttentionConfig
 
@@ -56,10 +56,11 @@ def flash_attention(
         kv_lengths: (batch,) int32 or int64; keys at or past the length are hidden.
         return_lse: also return the log-sum-exp of every row of scores.
         deterministic: True asks for gradients that are bitwise equal from run to run; None
-            asks when `torch.use_deterministic_algorithms` is on. The CPU's always are.
+            asks when `torch.use_deterministic_algorithms` is on. The CPU's always are; on CUDA
+            it takes more time.
         batch_invariant: results must not depend on batch size or on how queries are chunked
             ("portable" then takes one query at a time; "standard" refuses).
-        backend: "auto", "cpu", "portable" (blockwise torch operations, any device) or
+        backend: "auto", "cpu", "cuda", "portable" (blockwise torch operations, any device) or
             "standard" (the unfused O(seq_q * seq_kv) computation).
         config: advice on tiles; see `AttentionConfig`. An argument given here goes before it.
         out: where to write the result; shape (batch, seq_q, heads_q, dim_v) in `layout`.
@@ -86,56 +87,72 @@ def flash_attention(
         left, right = (-1, -1) if window is None else window_bounds(window)
         if deterministic is not None and not isinstance(deterministic, bool):
             raise TypeError(f"deterministic must be a bool or None, got {deterministic!r}")
+        if torch._C._is_any_autocast_enabled():
+            q, k, v = autograd.autocast(q, k, v)
         if backend == "auto" and config is None and q.is_cpu and dispatch.is_auto():
-            name, blocks = "cpu", ()
+            name, own = "cpu", ()
             if not compiling:
                 dispatch.log_auto_cpu()
         else:
             _check_types(q, k, v, mask, bias, kv_lengths, out, layout, causal, scale, softcap, config)
             config = config or _NO_CONFIG
-            name = dispatch.resolve(backend, config.backend, q.device, batch_invariant)
-            # One query at a time, no product depends on how many there are.
-            advice = (1 if batch_invariant else config.block_q or 0, config.block_kv or 0)
-            blocks = advice if name == "portable" else ()
+            name = dispatch.resolve(backend, config.backend, dispatch.Request.of(q, v, batch_invariant))
+            own = _own_arguments(name, config, batch_invariant, deterministic, q.dtype)
             scale = config.softmax_scale if scale is None else scale
-        if torch._C._is_any_autocast_enabled():
-            q, k, v = autograd.autocast(q, k, v)
         needs_grad = torch.is_grad_enabled() and (
             q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
         )
         call = (q, k, v, mask, bias, kv_lengths, LAYOUTS[layout], CAUSAL[causal], left, right, scale, softcap)
         need_lse = return_lse or needs_grad
         if out is not None:
-            lse = _write(name, call, need_lse, blocks, out, needs_grad)
+            lse = _write(name, call, need_lse, own, out, needs_grad)
         elif name == "standard":
             if not compiling:
                 _errors.check_call(*call)
             out, lse = reference.attention(*call, return_lse)
         else:
-            operators = ops.CPU if name == "cpu" else ops.PORTABLE
+            operators = ops.BY_BACKEND[name]
             if compiling:
-                out, lse = operators.attention(*call, need_lse, *blocks)
+                out, lse = operators.attention(*call, need_lse, *own)
             elif not needs_grad:
-                out, lse = operators.forward(*call, need_lse, *blocks)
+                out, lse = operators.forward(*call, need_lse, *own)
             else:
-                out, lse = autograd.attention(operators, *call, need_lse, *blocks)
+                out, lse = autograd.attention(operators, *call, need_lse, *own)
         return (out, lse.to(lse_dtype(q))) if return_lse else out
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         _check_types(q, k, v, mask, bias, kv_lengths, out, layout, causal, scale, softcap, config)
         raise _errors.translate(error) from None
 
 
-def _write(name: str, call: tuple, need_lse: bool, blocks: tuple, out: Tensor, needs_grad: bool) -> Tensor:
+def _own_arguments(
+    name: str,
+    config: AttentionConfig,
+    batch_invariant: bool,
+    deterministic: bool | None,
+    dtype: torch.dtype,
+) -> tuple:
+    """What a backend's operators want to be told beyond the options: their last arguments."""
+    if name == "portable":
+        # One query at a time, no product depends on how many there are.
+        return 1 if batch_invariant else config.block_q or 0, config.block_kv or 0
+    if name in _cuda.BACKENDS:
+        if deterministic is None:
+            deterministic = torch.are_deterministic_algorithms_enabled()
+        return deterministic, dtype == torch.float32 and _cuda.tf32_is_allowed()
+    return ()
+
+
+def _write(name: str, call: tuple, need_lse: bool, own: tuple, out: Tensor, needs_grad: bool) -> Tensor:
     """Computes into `out` and returns the LSE."""
     if needs_grad:
         raise ValueError(
             "out must be None when q, k, v or bias requires grad: gradients do not flow through it; "
             "use torch.no_grad() to write into it all the same"
         )
-    if name == "cpu":
-        return ops.forward_out(*call[:3], out, *call[3:], need_lse)
     if name == "portable":
-        return portable.forward(*call, need_lse, *blocks, out=out)[1]
+        return portable.forward(*call, need_lse, *own, out=out)[1]
+    if name != "standard":
+        return ops.BY_BACKEND[name].forward_out(*call[:3], out, *call[3:], need_lse, *own)
     _errors.check_call(*call, out=out)
     result, lse = reference.attention(*call, need_lse)
     out.copy_(result)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from . import _C, _errors, dispatch
+from . import _C, _cuda, _errors, dispatch
 from ._problem import LAYOUTS, heads_first, lse_dtype
 from .config import AttentionConfig
 from .functional import CAUSAL, window_bounds
@@ -19,14 +19,18 @@ class Plan:
     """How one attention call is carried out. `str(plan)` is a table for people.
 
     Attributes:
-        backend: "cpu", "portable" or "standard".
-        kernel: name of the compiled kernel, or of the algorithm.
-        isa: instruction set of the kernel; "torch" where torch's own kernels run.
+        backend: "cpu", "cuda", "portable" or "standard".
+        kernel: name of the compiled kernel, or of the algorithm. Of several kernels, the one with
+            the most work.
+        isa: instruction set of the kernel, such as "sm_80"; "torch" where torch's own kernels run.
         block_q, block_kv: query rows (of all heads that share a K/V head) and keys per tile.
         register_tile: rows and columns of the micro-kernel, (0, 0) where torch decides.
         splits: side-by-side pieces per K/V head.
-        tasks: units of work that threads draw from.
-        threads: threads that can work at once.
+        tasks: units of work that threads draw from; blocks of the grid on CUDA.
+        threads: threads that can work at once; of a block on CUDA.
+        shared_bytes: shared memory of a block on CUDA; else 0.
+        launches: (kernel, blocks) of every launch on CUDA, in their order; else empty.
+        notes: what a reader should know, such as why this kernel is slower than another.
         workspace_bytes: memory beyond inputs and outputs.
         flops: matrix-product FLOPs of the tiles that are computed.
         bytes: traffic if every input is read once and every output written once.
@@ -46,6 +50,9 @@ class Plan:
     flops: float
     bytes: float
     rejected: dict[str, list[str]] = field(default_factory=dict)
+    shared_bytes: int = 0
+    launches: list[tuple[str, int]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def arithmetic_intensity(self) -> float:
@@ -53,18 +60,27 @@ class Plan:
         return self.flops / self.bytes if self.bytes else 0.0
 
     def __str__(self) -> str:
-        register = " x ".join(map(str, self.register_tile)) if any(self.register_tile) else "torch's"
         rows = {
             "backend": self.backend,
             "kernel": f"{self.kernel} ({self.isa})",
             "tile": f"{self.block_q} query rows x {self.block_kv} keys",
-            "register tile": register,
-            "work": f"{self.tasks} tasks, {self.splits} splits, {self.threads} threads",
+        }
+        if self.launches:
+            grids = (f"{kernel} on {blocks}" for kernel, blocks in self.launches)
+            rows["work"] = f"{', '.join(grids)} blocks; of {self.threads} threads each"
+            rows["shared memory"] = f"{format_bytes(self.shared_bytes)} of a block"
+        else:
+            register = " x ".join(map(str, self.register_tile)) if any(self.register_tile) else "torch's"
+            rows["register tile"] = register
+            rows["work"] = f"{self.tasks} tasks, {self.splits} splits, {self.threads} threads"
+        rows |= {
             "workspace": format_bytes(self.workspace_bytes),
             "FLOPs": f"{self.flops:.4g}",
             "traffic": format_bytes(self.bytes),
             "intensity": f"{self.arithmetic_intensity:.1f} FLOP/byte",
         }
+        if self.notes:
+            rows["note"] = "; ".join(self.notes)
         rows.update({f"not {name}": "; ".join(reasons) for name, reasons in self.rejected.items()})
         return "\n".join(f"{name:<14} {value}" for name, value in rows.items())
 
@@ -106,7 +122,8 @@ def explain(
     for name, tensor in {"q": q, "k": k, "v": v}.items():
         _errors.check_tensor(name, tensor)
     config = config or AttentionConfig()
-    chosen = dispatch.resolve(backend, config.backend, q.device, batch_invariant)
+    request = dispatch.Request.of(q, v, batch_invariant)
+    chosen = dispatch.resolve(backend, config.backend, request)
     bounds = (-1, -1) if window is None else window_bounds(window)
     scale = config.softmax_scale if scale is None else scale
     call = (
@@ -122,12 +139,15 @@ def explain(
     rejected = {}
     for name in dispatch.BACKENDS:
         if name not in ("auto", chosen):
-            reasons = dispatch.objections(name, q.device, batch_invariant)
+            reasons = dispatch.objections(name, request)
             rejected[name] = reasons or [_why_not(name, chosen, backend, config)]
-    if chosen != "cpu":
+    if chosen in _cuda.BACKENDS:
+        native |= _cuda.explain(chosen, call, deterministic, backward)
+    elif chosen != "cpu":
         native |= _plan_by_torch(chosen, heads_first(q, call[6]), k.shape[-3 + call[6]], config)
     own = {"backend": chosen, "splits": native["chunks"], "rejected": rejected}
-    return Plan(**own, **{f.name: native[f.name] for f in fields(Plan) if f.name not in own})
+    own |= {f.name: native[f.name] for f in fields(Plan) if f.name in native and f.name not in own}
+    return Plan(**own)
 
 
 def _why_not(name: str, chosen: str, backend: str, config: AttentionConfig) -> str:
@@ -136,6 +156,8 @@ def _why_not(name: str, chosen: str, backend: str, config: AttentionConfig) -> s
     if not dispatch.is_auto():
         return f"{chosen!r} is the default that was set"
     order = dispatch.available_backends()
+    if name not in order:
+        return dispatch.unavailable()[name]
     return f"slower than {chosen!r}" if order.index(name) > order.index(chosen) else "not preferred"
 
 
@@ -227,8 +249,10 @@ def estimate_memory(
 def build_info() -> dict:
     """How this build was made and what it can do here.
 
-    Returns: a dict with version, compiler, flags, isas (compiled in), cuda (bool), cpu_isas
-        (usable here, best first), active_isa, torch and backends.
+    Returns: a dict with version, compiler, flags, isas (compiled in), cuda (whether it holds CUDA
+        kernels), cuda_archs and cuda_head_dims (those that they were compiled for), cuda_note
+        (how far they have been tried), cpu_isas (usable here, best first), active_isa, torch and
+        backends.
 
     Example:
         >>> build_info()["active_isa"]
@@ -236,6 +260,7 @@ def build_info() -> dict:
     """
     return {
         **_C.build_info(),
+        "cuda_note": _cuda.MATURITY if _C.build_info()["cuda"] else "",
         "cpu_isas": _C.cpu_isas(),
         "active_isa": _C.active_isa(),
         "torch": torch.__version__,

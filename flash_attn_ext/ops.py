@@ -2,8 +2,8 @@
 
 | operator | what | where it runs |
 |---|---|---|
-| `attention_forward`, `attention_forward_out` | (out, lse) | CPU kernels (C++) |
-| `attention_backward` | (dq, dk, dv, dbias) | CPU kernels (C++) |
+| `attention_forward`, `attention_forward_out` | (out, lse) | CPU and CUDA kernels (C++) |
+| `attention_backward` | (dq, dk, dv, dbias) | CPU and CUDA kernels (C++) |
 | `attention` | attention_forward with autograd and autocast | as attention_forward |
 | `portable_forward`, `portable_backward`, `portable` | the same three by `portable.py` | any device |
 
@@ -17,10 +17,11 @@ from typing import NamedTuple
 
 import torch
 
-from . import portable
+from . import _cuda, portable
 from ._load import load_operators
 
 load_operators()
+_cuda.load()
 
 _library = torch.library.Library("flash_attn_ext", "FRAGMENT")
 _OPTIONS = (
@@ -45,14 +46,22 @@ for _name, _schema, _kernel in (
 
 
 class Operators(NamedTuple):
-    """The operators of one backend."""
+    """The operators of one family. What a backend wants to be told beyond the options (block sizes,
+    determinism) follows as the last arguments of each."""
 
     attention: torch._ops.OpOverload  # differentiable
     forward: torch._ops.OpOverload
     backward: torch._ops.OpOverload
+    forward_out: torch._ops.OpOverload | None
 
 
-_ops = torch.ops.flash_attn_ext
-CPU = Operators(_ops.attention.default, _ops.attention_forward.default, _ops.attention_backward.default)
-PORTABLE = Operators(_ops.portable.default, _ops.portable_forward.default, _ops.portable_backward.default)
-forward_out = _ops.attention_forward_out.default
+def named(name: str) -> Operators:
+    """The operators `name`, `name`_forward, `name`_backward and, if there is one, `name`_forward_out."""
+    family = torch.ops.flash_attn_ext
+    found = (getattr(family, name + end, None) for end in ("", "_forward", "_backward", "_forward_out"))
+    return Operators(*(packet and packet.default for packet in found))
+
+
+KERNELS = named("attention")
+PORTABLE = named("portable")
+BY_BACKEND = {"cpu": KERNELS, "cuda": KERNELS, "portable": PORTABLE}

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from . import _errors, _mha
-from .dispatch import is_auto, log_once
+from .dispatch import Request, is_auto, log_once, preferred
 from .functional import flash_attention
 
 
@@ -219,7 +219,7 @@ def _serve(strict: bool, query: Tensor, key: Tensor, value: Tensor, *args, **kwa
     if strict:
         return scaled_dot_product_attention(query, key, value, *args, **kwargs)
     tensors = (query, key, value, *args, *kwargs.values())
-    reason = _why_torch(query.device, *(t for t in tensors if isinstance(t, Tensor)))
+    reason = _why_torch(query, *(t for t in tensors if isinstance(t, Tensor)))
     if reason is None:
         try:
             return scaled_dot_product_attention(query, key, value, *args, **kwargs)
@@ -229,13 +229,14 @@ def _serve(strict: bool, query: Tensor, key: Tensor, value: Tensor, *args, **kwa
     return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
 
 
-def _why_torch(device: torch.device, *tensors: Tensor) -> str | None:
+def _why_torch(query: Tensor, *tensors: Tensor) -> str | None:
     """Why torch would do better than this package, if it would."""
     for t in tensors:
         if type(t) not in (Tensor, torch.nn.Parameter, FakeTensor):
             return f"tensors of type {type(t).__name__} are not served"
         if t.is_nested or t.layout != torch.strided:
             return f"tensors of layout {'nested' if t.is_nested else t.layout} are not served"
-    if is_auto() and device.type not in ("cpu", "meta"):
-        return f"there are no kernels for device {device.type!r} in this build"
+    if is_auto() and query.device.type not in ("cpu", "meta"):
+        _, reasons = preferred(Request(query.device, query.dtype, 0, False))
+        return "; ".join(reasons) or None
     return None
