@@ -51,6 +51,16 @@ std::vector<cpu::Isa> compiled_isas() {
   return isas;
 }
 
+// "80,90" as [80, 90].
+py::list numbers(const std::string& text) {
+  py::list found;
+  for (size_t at = 0; at < text.size(); at = text.find_first_of(',', at) + 1) {
+    found.append(std::stoi(text.substr(at)));
+    if (text.find(',', at) == std::string::npos) break;
+  }
+  return found;
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = FAE_VERSION;
@@ -59,7 +69,9 @@ py::dict build_info() {
   py::list isas;
   for (const cpu::Isa isa : compiled_isas()) isas.append(cpu::name_of(isa));
   info["isas"] = isas;
-  info["cuda"] = false;
+  info["cuda"] = FAE_CUDA_ARCHS[0] != '\0';
+  info["cuda_archs"] = numbers(FAE_CUDA_ARCHS);
+  info["cuda_head_dims"] = numbers(FAE_CUDA_HEAD_DIMS);
   return info;
 }
 
@@ -166,7 +178,8 @@ void flash_attention(const py::object& q, const py::object& k, const py::object&
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native core of flash_attn_ext: introspection, and attention on NumPy, buffer and DLPack arrays.";
-  m.def("build_info", &build_info, "version, compiler, flags, isas (compiled in) and cuda, as a dict.");
+  m.def("build_info", &build_info,
+        "version, compiler, flags, isas (compiled in), cuda, cuda_archs and cuda_head_dims, as a dict.");
   m.def("cpu_isas", &cpu_isas,
         "Names of the instruction sets that this build and this processor share, best first.");
   m.def("variants", &variants, "One dict (isa, dtype, kernel) per compiled kernel.");
