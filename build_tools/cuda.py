@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,7 +110,7 @@ def _entries(name: str, text: str) -> list[str]:
     return found
 
 
-def parse_archs(text: str, known: list[int]) -> tuple[int, ...]:
+def parse_archs(text: str, known: Collection[int]) -> tuple[int, ...]:
     """ "80;9.0" as (80, 90). Raises BuildError for what `known` does not hold."""
     name = "FLASH_ATTN_EXT_ARCHS"
     archs = set()

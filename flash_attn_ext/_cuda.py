@@ -95,6 +95,12 @@ class Backend:
 BACKENDS: dict[str, Backend] = {"cuda": Backend(missing="it has not been loaded")}
 
 
+def forget() -> None:
+    """Ask again what has been asked before: for tests that change the answers."""
+    for cached in (_objections, _card, _driver_objection):
+        cached.cache_clear()
+
+
 def load() -> None:
     """Load the kernels where they were built and torch has CUDA."""
     missing = _load.load_cuda_operators()

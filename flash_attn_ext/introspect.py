@@ -155,9 +155,9 @@ def _why_not(name: str, chosen: str, backend: str, config: AttentionConfig) -> s
         return f"backend={chosen!r} was asked for"
     if not dispatch.is_auto():
         return f"{chosen!r} is the default that was set"
-    order = dispatch.available_backends()
-    if name not in order:
-        return dispatch.unavailable()[name]
+    if reason := dispatch.unavailable().get(name):
+        return reason
+    order = dispatch.BACKENDS
     return f"slower than {chosen!r}" if order.index(name) > order.index(chosen) else "not preferred"
 
 

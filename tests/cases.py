@@ -65,9 +65,20 @@ class Inputs:
     bias: Tensor | None = None
     kv_lengths: Tensor | None = None
 
+    def to(self, device: str) -> Inputs:
+        """The same numbers at the same strides on another device."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: moved_to(device, value) for name, value in tensors.items()})
+
     def kwargs(self) -> dict:
         given = {"mask": self.mask, "bias": self.bias, "kv_lengths": self.kv_lengths}
         return {**self.case.options(), **{n: t for n, t in given.items() if t is not None}}
+
+
+def moved_to(device: str, t: Tensor) -> Tensor:
+    """A copy on the device with the memory layout of `t`, which `Tensor.to` would tidy up."""
+    memory = t.new_empty(0).set_(t.untyped_storage())
+    return memory.to(device).as_strided(t.shape, t.stride(), t.storage_offset())
 
 
 def laid_out(batch: int, heads: int, seq: int, dim: int, layout: str, rank: int) -> tuple[int, ...]:
@@ -377,6 +388,16 @@ def _products(count: int) -> list[Case]:
         )
     # fmt: on
     return _family("product", cases)
+
+
+# Products of a problem that the CUDA kernels' emulator is given: it does some 5 to 20 million a second.
+EMULATED_WORK = 6_000_000
+
+
+def emulated(case: Case, thorough: bool = False) -> bool:
+    """Whether the emulator is given this case; `thorough`: almost all of them."""
+    work = case.batch * case.heads[0] * case.seq[0] * case.seq[1] * sum(case.dim)
+    return work <= EMULATED_WORK * (8 if thorough else 1)
 
 
 CASES = _sizes() + _dims() + _heads() + _zeros() + _bands() + _scores() + _masks() + _strides() + _blocks()

@@ -1,4 +1,5 @@
-"""Fixtures: every backend and every instruction set of this machine, and seeds."""
+"""Fixtures: every backend and every instruction set of this machine, the CUDA kernels on a card or on the
+emulator, and seeds."""
 
 from __future__ import annotations
 
@@ -7,13 +8,21 @@ import os
 # Tests are many small calls: threads that wait by spinning would take the time of those that work.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
+from cases import emulated
 
 import flash_attn_ext as fae
 from flash_attn_ext import _C
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from build_tools.emulated import build as build_emulator
+from build_tools.ninja import BuildError
 
 
 @dataclass(frozen=True)
@@ -27,11 +36,42 @@ class Target:
     def name(self) -> str:
         return self.isa or self.backend
 
+    @property
+    def device(self) -> str:
+        return "cuda" if self.backend == "cuda" else "cpu"
 
+    @property
+    def on_cuda_kernels(self) -> bool:
+        return self.backend in ("cuda", "cuda_emulated")
+
+    @property
+    def repeatable(self) -> dict:
+        """Options with which gradients are bitwise the same from run to run."""
+        return {"deterministic": True} if self.on_cuda_kernels else {}
+
+    def schedules(self) -> Iterator[dict]:
+        """Options to run a problem with, one after the other: the CUDA kernels must give a right result in every
+        order of blocks, warps and copies, and with deterministic gradients."""
+        if self.backend == "cuda_emulated":
+            for seed in SEEDS:
+                fae.testing.set_emulator_seed(seed)
+                yield {"deterministic": seed == SEEDS[-1]}
+        elif self.backend == "cuda":
+            yield from ({"deterministic": False}, {"deterministic": True})
+        else:
+            yield {}
+
+
+SEEDS = (1, 2, 3)
 CPU_TARGETS = [Target("cpu", isa) for isa in reversed(_C.cpu_isas())]
 PORTABLE = Target("portable")
 STANDARD = Target("standard")
 TARGETS = [*CPU_TARGETS, PORTABLE]
+EMULATED = Target("cuda_emulated")
+CARD = Target("cuda")
+# Why there is no card to test on: an empty text where there is one.
+NO_CARD = fae.dispatch.unavailable().get("cuda", "")
+CUDA_TARGETS = [EMULATED] if NO_CARD else [EMULATED, CARD]
 
 
 def pytest_addoption(parser):
@@ -40,19 +80,43 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: a long sweep; runs with --slow")
+    config.addinivalue_line(
+        "markers", "cuda: its `target` is also the CUDA kernels: on the emulator, and on a card"
+    )
+
+
+def pytest_generate_tests(metafunc):
+    own = {mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")}
+    for fixture, targets in (("target", TARGETS), ("any_target", [*TARGETS, STANDARD])):
+        if fixture in metafunc.fixturenames and fixture not in own:
+            more = CUDA_TARGETS if metafunc.definition.get_closest_marker("cuda") else []
+            metafunc.parametrize(fixture, [*targets, *more], ids=lambda t: t.name, indirect=True)
+
+
+def _is_for_emulator(item) -> bool:
+    """Whether a test on the emulator is small enough, and has a dtype that it knows; slow runs take all sizes."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if EMULATED not in (parameters.get("target"), parameters.get("any_target")):
+        return True
+    dtype, case = parameters.get("dtype"), parameters.get("case")
+    if dtype == torch.float64:
+        return False
+    return case is None or emulated(case, item.config.getoption("--slow"))
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--slow") or "slow" in (config.option.markexpr or ""):
-        return
-    chosen = [item for item in items if "slow" not in item.keywords]
+    slow = config.getoption("--slow") or "slow" in (config.option.markexpr or "")
+    chosen = [item for item in items if (slow or "slow" not in item.keywords) and _is_for_emulator(item)]
     if len(chosen) < len(items):
-        config.hook.pytest_deselected(items=[item for item in items if "slow" in item.keywords])
+        kept = set(chosen)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = chosen
 
 
 def pytest_report_header(config):
-    return f"flash_attn_ext {fae.__version__}, torch {torch.__version__}, ISAs {' '.join(_C.cpu_isas())}"
+    head = f"flash_attn_ext {fae.__version__}, torch {torch.__version__}, ISAs {' '.join(_C.cpu_isas())}"
+    card = f"not on a card: {NO_CARD}" if NO_CARD else f"and on {torch.cuda.get_device_name()}"
+    return [head, f"CUDA kernels on the emulator, {card}"]
 
 
 @pytest.fixture(autouse=True)
@@ -67,29 +131,42 @@ def steady(monkeypatch):
     torch.set_num_threads(threads)
 
 
-def _activate(target: Target, monkeypatch) -> Target:
+@pytest.fixture(scope="session")
+def emulator() -> None:
+    """The backend "cuda_emulated", built when it is not up to date; parallel workers take turns."""
+    try:
+        fae.testing.load_emulator(build_emulator())
+    except BuildError as error:
+        pytest.fail(str(error), pytrace=False)
+    fae.testing.set_emulator_seed(SEEDS[0])
+
+
+def _activate(request, monkeypatch) -> Target:
+    target = request.param
+    if target == EMULATED:
+        request.getfixturevalue("emulator")
     if target.isa is not None:
         monkeypatch.setenv("FLASH_ATTN_EXT_CPU_ISA", target.isa)
         assert _C.active_isa() == target.isa and os.environ["FLASH_ATTN_EXT_CPU_ISA"] == target.isa
     return target
 
 
-@pytest.fixture(params=TARGETS, ids=lambda t: t.name)
+@pytest.fixture
 def target(request, monkeypatch, steady) -> Target:
-    """Each instruction set of the machine, and the portable backend."""
-    return _activate(request.param, monkeypatch)
+    """Each instruction set of the machine, the portable backend, and for tests marked `cuda` the CUDA kernels."""
+    return _activate(request, monkeypatch)
 
 
-@pytest.fixture(params=[*TARGETS, STANDARD], ids=lambda t: t.name)
+@pytest.fixture
 def any_target(request, monkeypatch, steady) -> Target:
     """As `target`, and the unfused baseline, for rules that hold there too."""
-    return _activate(request.param, monkeypatch)
+    return _activate(request, monkeypatch)
 
 
 @pytest.fixture(params=CPU_TARGETS, ids=lambda t: t.name)
 def cpu_target(request, monkeypatch, steady) -> Target:
     """Each instruction set of the machine."""
-    return _activate(request.param, monkeypatch)
+    return _activate(request, monkeypatch)
 
 
 @pytest.fixture(params=["cpu", "portable"])

@@ -47,7 +47,10 @@ def expectations(draws: list[Inputs], **how) -> tuple[Result, dict[str, float]]:
 
 
 def run(inputs: Inputs, backend: str, **options) -> dict[str, Tensor]:
-    """Forward, LSE and all gradients as the package computes them; `options` go to flash_attention as well."""
+    """Forward, LSE and all gradients as the package computes them; `options` go to flash_attention as well.
+    Results come back to the CPU."""
+    if backend == "cuda":
+        inputs = inputs.to("cuda")
     leaves = {n: getattr(inputs, n).detach().requires_grad_() for n in ("q", "k", "v")}
     if inputs.bias is not None:
         leaves["bias"] = inputs.bias.detach().requires_grad_()
@@ -59,7 +62,8 @@ def run(inputs: Inputs, backend: str, **options) -> dict[str, Tensor]:
     if inputs.dlse is None:
         heads, grads = heads[:1], grads[:1]
     got = dict(zip(leaves, torch.autograd.grad(heads, list(leaves.values()), grads), strict=True))
-    return {"out": out.detach(), "lse": lse.detach(), **{"d" + n: g for n, g in got.items()}}
+    results = {"out": out.detach(), "lse": lse.detach(), **{"d" + n: g for n, g in got.items()}}
+    return {name: result.cpu() for name, result in results.items()}
 
 
 def expected_dtype(name: str, inputs: Inputs) -> torch.dtype:

@@ -16,12 +16,14 @@ def dtype_name(dtype):
     return str(dtype).removeprefix("torch.")
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_forward_and_gradients(case: Case, dtype, target):
     inputs, exact, errors = prepared(case, dtype)
-    found = complaints(run(inputs, target.backend), inputs, exact, errors)
-    assert not found, "\n".join([str(case), *found])
+    for options in target.schedules():
+        found = complaints(run(inputs, target.backend, **options), inputs, exact, errors)
+        assert not found, "\n".join([str(case), str(options), *found])
 
 
 def test_errors_are_those_of_the_unfused_computation(monkeypatch):
@@ -68,11 +70,12 @@ def test_standard_backend(case: Case, dtype):
     assert not found, "\n".join([str(case), *found])
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("case", FEW, ids=lambda c: c.name)
 def test_every_way_to_call_gives_the_same_bits(case: Case, dtype, target):
     """With and without grad, with and without LSE, and into `out`: one result."""
-    inputs = build(case, dtype)
+    inputs = build(case, dtype).to(target.device)
     args, kwargs = (inputs.q, inputs.k, inputs.v), {**inputs.kwargs(), "backend": target.backend}
     out, lse = fae.flash_attention(*args, return_lse=True, **kwargs)
     alone = fae.flash_attention(*args, **kwargs)
@@ -88,6 +91,7 @@ def test_every_way_to_call_gives_the_same_bits(case: Case, dtype, target):
     assert not out.requires_grad and with_grad.requires_grad
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("case", FEW, ids=lambda c: c.name)
 def test_inputs_are_only_read(case: Case, target):
     inputs = build(case, torch.float32)
@@ -101,24 +105,28 @@ def test_inputs_are_only_read(case: Case, target):
     assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize(
     "wanted", [["q"], ["k"], ["v"], ["bias"], ["q", "k"], ["k", "v"], ["v", "bias"]], ids="-".join
 )
 def test_gradients_of_some_inputs(wanted, target):
     """Asking for fewer gradients changes none of them."""
     inputs = build(Case("some", heads=(4, 2), seq=(37, 70), causal=True, bias="1hqk"), torch.float32)
-    all_of_them = run(inputs, target.backend)
+    inputs, options = inputs.to(target.device), {"backend": target.backend, **target.repeatable}
+    all_of_them = run(inputs, **options)
     leaves = {n: getattr(inputs, n).detach().requires_grad_(n in wanted) for n in ("q", "k", "v", "bias")}
-    out, lse = fae.flash_attention(**leaves, causal=True, return_lse=True, backend=target.backend)
+    out, lse = fae.flash_attention(**leaves, causal=True, return_lse=True, **options)
     grads = torch.autograd.grad((out, lse), [leaves[n] for n in wanted], (inputs.dout, inputs.dlse))
     for n, g in zip(wanted, grads, strict=True):
-        assert torch.equal(g, all_of_them["d" + n]), n
+        assert torch.equal(g.cpu(), all_of_them["d" + n]), n
 
 
+@pytest.mark.cuda
 def test_a_missing_lse_gradient_is_zero(target):
-    inputs = build(Case("lse", heads=(4, 2), seq=(37, 70), causal=True), torch.float32)
+    inputs = build(Case("lse", heads=(4, 2), seq=(37, 70), causal=True), torch.float32).to(target.device)
+    options = {"backend": target.backend, **target.repeatable}
     leaves = [t.detach().requires_grad_() for t in (inputs.q, inputs.k, inputs.v)]
-    out, lse = fae.flash_attention(*leaves, causal=True, return_lse=True, backend=target.backend)
+    out, lse = fae.flash_attention(*leaves, causal=True, return_lse=True, **options)
     implicit = torch.autograd.grad(out, leaves, inputs.dout, retain_graph=True)
     explicit = torch.autograd.grad((out, lse), leaves, (inputs.dout, torch.zeros_like(lse)))
     assert all(torch.equal(a, b) for a, b in zip(implicit, explicit, strict=True))
@@ -136,6 +144,7 @@ def test_gradient_through_the_lse_alone(target):
         assert not complaint(name, got, getattr(exact, name))
 
 
+@pytest.mark.cuda
 def test_huge_and_tiny_scores(target):
     """Scores far outside exp's range: the maximum is taken out before it is used."""
     for size in (1e-20, 30.0, 1e4, 1e30):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Case, Inputs, build
-from conftest import STANDARD
+from conftest import STANDARD, Target
 from harness import complaints, expectations, run
 from reference import attend
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -40,13 +40,14 @@ def hiding(name: str, layout: str = "bshd") -> Case:
     return Case(**{**options, **BASE, "layout": layout})
 
 
-def check(dirty: Inputs, clean: Inputs, backend: str):
+def check(dirty: Inputs, clean: Inputs, target: Target):
     """Against the fp64 rules, with the error that the unfused computation makes on the clean inputs."""
     exact = attend(dirty.q, dirty.k, dirty.v, dout=dirty.dout, dlse=dirty.dlse, **dirty.kwargs())
-    how = {"lse_dtype": clean.q.dtype} if backend == STANDARD.backend else {}  # see test_standard_backend
+    how = {"lse_dtype": clean.q.dtype} if target == STANDARD else {}  # see test_standard_backend
     _, errors = expectations([clean, *(build(clean.case, clean.q.dtype, n) for n in (1, 2))], **how)
-    found = complaints(run(dirty, backend), dirty, exact, errors)
-    assert not found, "\n".join(found)
+    for options in target.schedules():
+        found = complaints(run(dirty, target.backend, **options), dirty, exact, errors)
+        assert not found, "\n".join([str(options), *found])
 
 
 def poison(x: torch.Tensor, rows: torch.Tensor, layout: str, value: float) -> torch.Tensor:
@@ -58,6 +59,7 @@ def poison(x: torch.Tensor, rows: torch.Tensor, layout: str, value: float) -> to
     return x
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16], ids=str)
 @pytest.mark.parametrize("hide", HIDING)
 def test_hidden_keys_and_values_are_not_read(hide, dtype, any_target):
@@ -74,12 +76,13 @@ def test_hidden_keys_and_values_are_not_read(hide, dtype, any_target):
         dirty.q = poison(dirty.q, blind, layout, value)
         dirty.dout = poison(dirty.dout, blind, layout, value)
         dirty.dlse = dirty.dlse.masked_fill(blind, value)
-        got, expected = run(dirty, any_target.backend), run(clean, any_target.backend)
+        got, expected = (run(x, any_target.backend, **any_target.repeatable) for x in (dirty, clean))
         for name in got:
             assert torch.equal(got[name], expected[name]), (name, value)
-    check(dirty, clean, any_target.backend)
+    check(dirty, clean, any_target)
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("where", ["k", "v", "kv", "q", "dout", "dlse"])
 @pytest.mark.parametrize("hide", HIDING)
 def test_a_visible_nan_touches_only_the_rows_that_see_it(hide, where, any_target):
@@ -95,21 +98,23 @@ def test_a_visible_nan_touches_only_the_rows_that_see_it(hide, where, any_target
         setattr(dirty, where, poison(getattr(dirty, where), queries, "bshd", NAN))
     if where == "dlse":
         dirty.dlse = dirty.dlse.masked_fill(queries, NAN)
-    check(dirty, clean, any_target.backend)
+    check(dirty, clean, any_target)
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_hidden_bias_values_are_not_read(dtype, target):
     case = Case("bias", **BASE, bias="bhqk", mask="b1qk", lengths=(60, 20), causal=True)
     clean, dirty = build(case, dtype), build(case, dtype)
     seen = attend(clean.q, clean.k, clean.v, **clean.kwargs()).visible
     dirty.bias = dirty.bias.masked_fill(~seen, NAN)
-    got, expected = run(dirty, target.backend), run(clean, target.backend)
+    got, expected = (run(x, target.backend, **target.repeatable) for x in (dirty, clean))
     assert all(torch.equal(got[n], expected[n]) for n in got)
     dirty.bias[1, 2, 44, 3] = dirty.bias[0, 3, 30, 30] = NAN
-    check(dirty, clean, target.backend)
+    check(dirty, clean, target)
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
 @pytest.mark.parametrize("where", ["k", "v"])
 def test_partly_visible_values_are_hidden_from_the_others(where, value, target):
@@ -117,12 +122,14 @@ def test_partly_visible_values_are_hidden_from_the_others(where, value, target):
     case = Case("last", heads=(2, 1), seq=(130, 130), dim=(16, 16), causal=True)
     clean, dirty = build(case, torch.float32), build(case, torch.float32)
     getattr(dirty, where)[:, -1] = value
+    clean, dirty = clean.to(target.device), dirty.to(target.device)
     got = fae.flash_attention(dirty.q, dirty.k, dirty.v, causal=True, backend=target.backend)
     expected = fae.flash_attention(clean.q, clean.k, clean.v, causal=True, backend=target.backend)
     assert torch.equal(got[:, :-1], expected[:, :-1])
     assert not torch.isfinite(got[:, -1]).all()
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_rows_at_finfo_min_give_the_mean_of_v(dtype, bias_dtype, any_target):
@@ -135,6 +142,7 @@ def test_rows_at_finfo_min_give_the_mean_of_v(dtype, bias_dtype, any_target):
     inputs.bias = torch.zeros(20, 70, dtype=bias_dtype)
     inputs.bias[4:9] = low
     inputs.bias[9:, 30:] = low
+    inputs = inputs.to(any_target.device)
     got = fae.flash_attention(inputs.q, inputs.k, inputs.v, bias=inputs.bias, backend=any_target.backend)
     mean = inputs.v.double().mean(1).repeat_interleave(2, 1)[:, None].expand(1, 5, 4, 16)
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float64: 1e-14}[dtype]
@@ -143,6 +151,7 @@ def test_rows_at_finfo_min_give_the_mean_of_v(dtype, bias_dtype, any_target):
     torch.testing.assert_close(got[:, 9:], cut, rtol=0, atol=max(tolerance, 5e-7))
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("low", ["min", -1e9, -6e4], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_gradients_of_rows_at_a_low_bias(dtype, low, any_target):
@@ -161,6 +170,7 @@ def test_gradients_of_rows_at_a_low_bias(dtype, low, any_target):
     assert not found, "\n".join(found)
 
 
+@pytest.mark.cuda
 def test_a_bias_beyond_the_range_of_the_inputs_is_low_and_visible(any_target):
     """float16 cannot hold -1e6: two keys at that bias share their row, forward and backward."""
     case = Case("beyond", heads=(2, 2), seq=(1, 2), dim=(8, 8), bias="hqk", bias_dtype="float32")
@@ -195,6 +205,7 @@ def test_rows_at_finfo_min_as_torch_has_them(target):
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.cuda
 def test_fully_hidden_rows(target):
     case = Case(
         "blind", heads=(4, 2), seq=(70, 33), dim=(16, 16), causal=True

@@ -73,8 +73,9 @@ void launch_kernel(const char* name, const void* params, int64_t blocks, Stream)
 // The table's row of a kernel; Kernel::kTileQ and kTileKV are the tile's sizes.
 template <class Kernel>
 Variant make_variant(Pass pass, DType dtype, int dim, bool split, bool modified) {
-  static const std::string name = std::string(name_of(pass)) + "_" + name_of(dtype) + "_" +
-                                  std::to_string(dim) + (split ? "_split" : "") +
+  // "forward_float16_64_split_modified"; kernels without tiles of a head dim serve any.
+  static const std::string name = std::string(name_of(pass)) + "_" + name_of(dtype) +
+                                  (dim ? "_" + std::to_string(dim) + (split ? "_split" : "") : "") +
                                   (modified ? "_modified" : "");
   return {name.c_str(),
           pass,
