@@ -188,10 +188,8 @@ struct Mma<float> {
   // Element (2 t + odd, g) of the 8 x 8 block at (depth, column).
   template <class Tile>
   static FAE_DEVICE float load_column(LaneChunk lane, int depth, int column, int odd) {
-    LaneChunk from = Tile::move(lane, depth, column / 4);
-    // Row 2 t + 1 is one row down, and its chunks are swizzled by one bit more.
-    if (odd) from.offset = (from.offset ^ 16u) + Tile::kChunks * 16;
-    return load_shared(from.at().template as<float>());
+    const LaneChunk from = Tile::move(lane, depth, column / 4);
+    return load_shared((odd ? Tile::below(from) : from).at().template as<float>());
   }
 };
 

@@ -46,13 +46,23 @@ struct SmemTile {
     return {from.tile, (from.offset ^ uint32_t((chunks & kSwizzleMask) * 16)) +
                            uint32_t((chunks & ~kSwizzleMask) * 16 + rows * kChunks * 16)};
   }
+  // From a chunk in an even row to the same one in the row below.
+  static FAE_DEVICE LaneChunk below(LaneChunk from) {
+    return {from.tile, (from.offset ^ uint32_t(swizzle(1) * 16)) + kChunks * 16};
+  }
 
  private:
   // Rows of whole 128-byte lines: row r starts in bank 0, so all 8 chunks must differ.
   // Rows of an odd number of half lines: neighbours start half a line apart already.
   static constexpr bool kWholeLines = kChunks % 8 == 0;
   static constexpr int kSwizzleMask = kWholeLines ? 7 : 3;
-  static FAE_DEVICE int swizzle(int row) { return (kWholeLines ? row : row >> 1) & kSwizzleMask; }
+  static FAE_DEVICE constexpr int swizzle(int row) {
+    if (!kWholeLines) return (row >> 1) & kSwizzleMask;
+    if (sizeof(T) < 4) return row & kSwizzleMask;
+    // 32-bit elements are also read down columns (rows 0, 2, 4, 6) and written in pairs (rows
+    // 0, 1, 2, 3), 32 bytes of each row at a time: either four rows differ in the upper two bits.
+    return (row << 1 & 4) | ((row << 1 ^ row >> 1) & 2) | (row & 1);
+  }
 };
 
 }  // namespace fae::cuda
