@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import re
 import shutil
@@ -21,9 +22,14 @@ SUITE = re.compile(r"^(?:TEST|TEST_F|TEST_P|TYPED_TEST)\((\w+), *\w+\)", re.MULT
 SEARCH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
-def suites() -> list[str]:
-    """The suites that the sources define, in a stable order."""
-    return sorted({name for file in SOURCES.glob("*_test.cpp") for name in SUITE.findall(file.read_text())})
+def suites() -> dict[str, str]:
+    """The suites that the sources define, in a stable order, and the program of each."""
+    found = {
+        name: "fae_cuda_tests" if file.name.startswith("cuda_") else "fae_tests"
+        for file in SOURCES.glob("*_test.cpp")
+        for name in SUITE.findall(file.read_text())
+    }
+    return dict(sorted(found.items()))
 
 
 def run(*command: str | Path, timeout: int = 900) -> subprocess.CompletedProcess[str]:
@@ -65,9 +71,9 @@ def install_prerequisites() -> None:
         run(*install)
 
 
-@pytest.fixture(scope="session")
-def program() -> Path:
-    """The test program, built incrementally; parallel pytest workers take turns."""
+@functools.cache
+def build(target: str) -> Path:
+    """A program or library of the tests, built incrementally; parallel pytest workers take turns."""
     BUILD.mkdir(parents=True, exist_ok=True)
     with (BUILD / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -76,16 +82,16 @@ def program() -> Path:
         if reason := configure():
             pytest.skip(f"{reason} (Debian, Ubuntu: apt install {' '.join(PACKAGES)})")
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        built = run("cmake", "--build", BUILD, "--parallel", jobs, "--target", "fae_tests")
-        if built.returncode:
-            pytest.fail(f"the C++ tests did not build:\n{built.stdout[-8000:]}", pytrace=False)
-    return BUILD / "fae_tests"
+        result = run("cmake", "--build", BUILD, "--parallel", jobs, "--target", target)
+        if result.returncode:
+            pytest.fail(f"the C++ tests did not build:\n{result.stdout[-8000:]}", pytrace=False)
+    return BUILD / target
 
 
-@pytest.mark.parametrize("suite", suites())
-def test_cpp(program: Path, suite: str) -> None:
+@pytest.mark.parametrize(("suite", "program"), suites().items(), ids=list(suites()))
+def test_cpp(suite: str, program: str) -> None:
     # Plain suites, suites instantiated per ISA (Isa/Suite), typed suites (Suite/float).
-    result = run(program, f"--gtest_filter={suite}.*:*/{suite}.*:{suite}/*.*", "--gtest_brief=1")
+    result = run(build(program), f"--gtest_filter={suite}.*:*/{suite}.*:{suite}/*.*", "--gtest_brief=1")
     assert result.returncode == 0, f"\n{result.stdout[-8000:]}"
     count = re.search(r"(\d+) tests? from", result.stdout)
     assert count is not None, result.stdout
@@ -98,6 +104,8 @@ def test_every_suite_is_found() -> None:
     macros = {
         name
         for file in SOURCES.glob("*.cpp")
-        for name in re.findall(r"\b(?:FAE_ISA_SUITE|FAE_KERNEL_SUITE)\((\w+)\)", file.read_text())
+        for name in re.findall(
+            r"\b(?:FAE_ISA_SUITE|FAE_KERNEL_SUITE|FAE_CUDA_SUITE)\((\w+)\)", file.read_text()
+        )
     }
     assert macros <= set(found)

@@ -84,18 +84,54 @@ void set_options(const EmulatedRun& run) {
   emu::options().count = run.count;
 }
 
-}  // namespace
-
-ForwardResult run_forward(Case& c, const EmulatedRun& run) {
+void run_planned(Ranges& ranges, Case& c, const ForwardCall& call, size_t lse_bytes, const EmulatedRun& run) {
   set_options(run);
-  c.clear_results();
-  Ranges ranges;
   ranges.inputs(c);
   ranges.write(c.out, "out");
-  ranges.write(c.lse->data(), c.lse->size(), "lse");
-  const cuda::Plan plan = cuda::plan_forward(c.problem, run.device, run.options);
+  if (call.lse) ranges.write(call.lse, lse_bytes, "lse");
+  const cuda::Plan plan = cuda::plan_forward(call.problem, run.device, run.options);
   require(plan);
-  cuda::forward(c.forward_call(), plan, nullptr);
+  cuda::forward(call, plan, nullptr);
+}
+
+void run_planned(Ranges& ranges, Case& c, const BackwardCall& call, const EmulatedRun& run) {
+  set_options(run);
+  const bool biased = call.dbias.present();
+  const cuda::Plan plan =
+      cuda::plan_backward(call.problem, run.device, run.options, biased ? call.dbias_shape : nullptr);
+  require(plan);
+  struct alignas(256) Block { std::byte bytes[256]; };  // as an allocator on a device aligns
+  std::vector<Block> workspace(plan.workspace_bytes / 256 + 1);
+  ranges.inputs(c);
+  ranges.read(c.out, "out");
+  ranges.read(c.dout, "dout");
+  ranges.read(c.lse->data(), c.lse->size(), "lse");
+  if (c.dlse) ranges.read(c.dlse->data(), c.dlse->size(), "dlse");
+  Ranges scratch;  // no longer than the workspace
+  scratch.scratch(workspace.data(), plan.workspace_bytes, "workspace");
+  ranges.write(c.dq, "dq");
+  ranges.write(c.dk, "dk");
+  ranges.write(c.dv, "dv");
+  if (biased) ranges.write(c.dbias, "dbias");
+  cuda::backward(call, plan, workspace.data(), nullptr);
+}
+
+}  // namespace
+
+void launch_forward(Case& c, const ForwardCall& call, size_t lse_bytes, const EmulatedRun& run) {
+  Ranges ranges;
+  run_planned(ranges, c, call, lse_bytes, run);
+}
+
+void launch_backward(Case& c, const BackwardCall& call, const EmulatedRun& run) {
+  Ranges ranges;
+  run_planned(ranges, c, call, run);
+}
+
+ForwardResult run_forward(Case& c, const EmulatedRun& run) {
+  c.clear_results();
+  Ranges ranges;
+  run_planned(ranges, c, c.forward_call(), c.lse->size(), run);
   ranges.check_outputs();
   return {c.out.values(), c.lse_values()};
 }
@@ -103,25 +139,8 @@ ForwardResult run_forward(Case& c, const EmulatedRun& run) {
 BackwardResult run_backward(Case& c, const EmulatedRun& run) {
   run_forward(c, run);
   for (HostTensor* t : {&c.dq, &c.dk, &c.dv, &c.dbias}) t->fill(std::nan(""));
-  const BackwardCall call = c.backward_call();
-  const bool biased = c.spec.bias != Extent::kNone;
-  const cuda::Plan plan =
-      cuda::plan_backward(c.problem, run.device, run.options, biased ? call.dbias_shape : nullptr);
-  require(plan);
-  struct alignas(16) Block { std::byte bytes[16]; };
-  std::vector<Block> workspace(plan.workspace_bytes / 16 + 1);
   Ranges ranges;
-  ranges.inputs(c);
-  ranges.read(c.out, "out");
-  ranges.read(c.dout, "dout");
-  ranges.read(c.lse->data(), c.lse->size(), "lse");
-  if (c.dlse) ranges.read(c.dlse->data(), c.dlse->size(), "dlse");
-  ranges.scratch(workspace.data(), plan.workspace_bytes, "workspace");
-  ranges.write(c.dq, "dq");
-  ranges.write(c.dk, "dk");
-  ranges.write(c.dv, "dv");
-  if (biased) ranges.write(c.dbias, "dbias");
-  cuda::backward(call, plan, workspace.data(), nullptr);
+  run_planned(ranges, c, c.backward_call(), run);
   ranges.check_outputs();
   return {c.dq.values(), c.dk.values(), c.dv.values(), c.dbias.values()};
 }

@@ -1,0 +1,254 @@
+// What the CUDA planner chooses, without running anything.
+#include <gtest/gtest.h>
+
+#include <limits>
+#include <set>
+#include <string>
+#include <tuple>
+
+#include "cuda/api.h"
+
+namespace fae::cuda {
+namespace {
+
+constexpr DType kDTypes[] = {DType::kFloat16, DType::kBFloat16, DType::kFloat32};
+constexpr int64_t kSmall = 99 * 1024, kLarge = 163 * 1024;  // shared memory of a block: sm_86, sm_80
+constexpr int64_t kMost = std::numeric_limits<int>::max();
+
+Problem problem(DType dtype, int64_t dim, int64_t dim_v = 0) {
+  Problem p;
+  p.dtype = dtype;
+  p.batch = 2;
+  p.heads_q = 6;
+  p.heads_kv = 2;
+  p.seq_q = 70;
+  p.seq_kv = 300;
+  p.dim = dim;
+  p.dim_v = dim_v ? dim_v : dim;
+  p.score.scale = 0.125;
+  return p;
+}
+
+Device device(int64_t shared_bytes) {
+  Device d;
+  d.shared_bytes = shared_bytes;
+  return d;
+}
+
+Plan backward_plan(const Problem& p, int64_t shared_bytes, bool deterministic = false) {
+  Options options;
+  options.deterministic = deterministic;
+  return plan_backward(p, device(shared_bytes), options, nullptr);
+}
+
+TEST(CudaBlockOrder, EveryPlaceOnce) {
+  for (int64_t tiles : {1, 2, 3, 7, 64}) {
+    for (int64_t units : {1, 2, 5, 12, 17}) {
+      for (int64_t section : {1, 2, 3, 5, 17, 100}) {
+        for (bool descending : {false, true}) {
+          const BlockOrder order{tiles, units, section, descending};
+          ASSERT_EQ(order.blocks(), tiles * units);
+          std::set<std::pair<int64_t, int64_t>> seen;
+          int64_t last_section = 0, last_rank = 0;
+          for (int64_t block = 0; block < order.blocks(); ++block) {
+            const BlockOrder::Place place = order.place(block);
+            ASSERT_TRUE(place.unit >= 0 && place.unit < units && place.tile >= 0 && place.tile < tiles);
+            seen.insert({place.unit, place.tile});
+            // Section by section, and in a section tile by tile, from the dear end.
+            const int64_t its_section = place.unit / section;
+            const int64_t rank = descending ? tiles - 1 - place.tile : place.tile;
+            ASSERT_TRUE(its_section > last_section || (its_section == last_section && rank >= last_rank));
+            last_section = its_section;
+            last_rank = rank;
+          }
+          ASSERT_EQ(int64_t(seen.size()), order.blocks()) << tiles << ' ' << units << ' ' << section;
+        }
+      }
+    }
+  }
+}
+
+TEST(CudaBlockOrder, NumbersBeyond32Bits) {
+  const BlockOrder order{int64_t(1) << 22, int64_t(1) << 16, 3, true};
+  EXPECT_EQ(order.blocks(), int64_t(1) << 38);
+  for (int64_t block : {int64_t(0), order.blocks() / 3, order.blocks() - 1}) {
+    const BlockOrder::Place place = order.place(block);
+    const int64_t first = place.unit / 3 * 3, size = std::min<int64_t>(order.units - first, 3);
+    EXPECT_EQ(first * order.tiles + (order.tiles - 1 - place.tile) * size + place.unit - first, block);
+  }
+}
+
+TEST(CudaVariants, OneRowEach) {
+  std::set<std::tuple<Pass, DType, int, bool, bool>> rows;
+  for (const Variant& v : variants()) {
+    SCOPED_TRACE(std::string(name_of(v.pass)) + " " + name_of(v.dtype) + " " + std::to_string(v.dim));
+    EXPECT_TRUE(rows.insert({v.pass, v.dtype, v.dim, v.split, v.modified}).second);
+    EXPECT_TRUE(v.threads > 0 && v.threads <= 1024 && v.threads % 32 == 0);
+    EXPECT_LE(v.shared_bytes, kLarge);
+    EXPECT_NE(v.launch, nullptr);
+  }
+  EXPECT_GE(rows.size(), 3u * 15u);
+}
+
+// Every head dim has kernels on the smallest card there is.
+TEST(CudaPlan, EveryHeadDimOnTheSmallestCard) {
+  for (DType t : kDTypes) {
+    for (int64_t dim = 1; dim <= 1024; ++dim) {
+      for (bool modified : {false, true}) {
+        Problem p = problem(t, dim);
+        if (modified) p.score.softcap = 3;
+        const Plan plan = plan_forward(p, device(kSmall), {});
+        ASSERT_TRUE(plan.objections.empty()) << plan.objections[0];
+        ASSERT_TRUE(backward_plan(p, kSmall).objections.empty());
+        ASSERT_TRUE(backward_plan(p, kSmall, true).objections.empty());
+        const Variant& v = *plan.forward.variant;
+        ASSERT_TRUE(v.split || v.dim >= dim);
+        ASSERT_EQ(v.modified, modified);
+        ASSERT_EQ(v.dtype, t);
+        ASSERT_LE(v.shared_bytes, kSmall);
+      }
+    }
+  }
+}
+
+TEST(CudaPlan, TheSmallestTileThatHoldsTheHead) {
+  const auto dim = [](DType t, int64_t d, int64_t dv = 0) {
+    const Variant& v = *plan_forward(problem(t, d, dv), device(kLarge), {}).forward.variant;
+    return v.split ? -v.dim : v.dim;
+  };
+  for (DType t : {DType::kFloat16, DType::kBFloat16}) {
+    EXPECT_EQ(dim(t, 1), 64);
+    EXPECT_EQ(dim(t, 64), 64);
+    EXPECT_EQ(dim(t, 65), 96);
+    EXPECT_EQ(dim(t, 97), 128);
+    EXPECT_EQ(dim(t, 129), 256);
+    EXPECT_EQ(dim(t, 257), -128);
+    EXPECT_EQ(dim(t, 16, 200), 256);  // the longer of the two decides
+    EXPECT_EQ(dim(t, 300, 8), -128);
+  }
+  EXPECT_EQ(dim(DType::kFloat32, 64), 64);
+  EXPECT_EQ(dim(DType::kFloat32, 65), 128);
+  EXPECT_EQ(dim(DType::kFloat32, 129), -64);
+}
+
+TEST(CudaPlan, CutsUpWhatDoesNotFitSharedMemory) {
+  for (DType t : {DType::kFloat16, DType::kBFloat16}) {
+    const Plan large = backward_plan(problem(t, 128), kLarge), small = backward_plan(problem(t, 128), kSmall);
+    EXPECT_FALSE(large.key_grad.variant->split);
+    EXPECT_EQ(large.key_grad.variant->dim, 128);
+    EXPECT_GT(large.key_grad.variant->shared_bytes, kSmall);
+    EXPECT_NE(large.round_query_grad.variant, nullptr);
+    EXPECT_EQ(large.query_grad.variant, nullptr);
+    // Slices of dS K are no rows of it: dQ comes from a kernel of its own.
+    EXPECT_TRUE(small.key_grad.variant->split);
+    EXPECT_EQ(small.round_query_grad.variant, nullptr);
+    EXPECT_NE(small.query_grad.variant, nullptr);
+  }
+}
+
+TEST(CudaPlan, DeterministicTakesNoAtomics) {
+  for (DType t : kDTypes) {
+    for (int64_t dim : {64, 128, 500}) {
+      const Plan plan = backward_plan(problem(t, dim), kLarge, true);
+      EXPECT_EQ(plan.round_query_grad.variant, nullptr);
+      ASSERT_NE(plan.query_grad.variant, nullptr);
+      EXPECT_EQ(plan.workspace_bytes, size_t(2 * 2 * plan.rows_padded * 4 * 3));
+    }
+    EXPECT_EQ(backward_plan(problem(t, 64), kLarge).query_grad.variant, nullptr);
+    EXPECT_NE(backward_plan(problem(t, 64), kLarge).round_query_grad.variant, nullptr);
+    EXPECT_NE(backward_plan(problem(t, 500), kLarge).query_grad.variant, nullptr);
+  }
+}
+
+TEST(CudaPlan, WorkspaceHoldsStatisticsAndSums) {
+  const Problem p = problem(DType::kBFloat16, 52);
+  const Plan plan = backward_plan(p, kLarge);
+  EXPECT_EQ(plan.rows_padded, 256);  // 210 packed rows
+  EXPECT_EQ(plan.dim_padded, 56);
+  EXPECT_EQ(plan.workspace_bytes, size_t(4 * 256 * 4 * (3 + 56)));
+}
+
+TEST(CudaPlan, GridsCoverRowsAndKeys) {
+  const Problem p = problem(DType::kFloat16, 64);
+  const Plan forward = plan_forward(p, device(kLarge), {});
+  const int64_t units = 4, rows = 210;
+  const auto tiles = [](int64_t n, int64_t tile) { return (n + tile - 1) / tile; };
+  EXPECT_EQ(forward.forward.blocks, units * tiles(rows, forward.forward.variant->tile_q));
+  EXPECT_TRUE(forward.forward.order.descending);
+  const Plan plan = backward_plan(p, kLarge);
+  EXPECT_EQ(plan.key_grad.blocks, units * tiles(300, plan.key_grad.variant->tile_kv));
+  EXPECT_EQ(plan.row_stats.blocks, units * tiles(plan.rows_padded, plan.row_stats.variant->tile_q));
+  // A block for each slice of a head dim that is cut up: of dQ's columns, of dK's and dV's.
+  const Plan split = backward_plan(problem(DType::kFloat16, 300, 500), kLarge, true);
+  EXPECT_EQ(split.key_grad.blocks, units * 8 * tiles(300, split.key_grad.variant->tile_kv));
+  EXPECT_EQ(split.query_grad.blocks, units * 5 * tiles(rows, split.query_grad.variant->tile_q));
+}
+
+TEST(CudaPlan, BiasGradientByItsShape) {
+  Problem p = problem(DType::kFloat16, 64);
+  char bias;
+  p.score.bias.data = &bias;
+  const auto blocks = [&](int64_t b, int64_t h, int64_t q, int64_t k) {
+    const int64_t shape[4] = {b, h, q, k};
+    return plan_backward(p, device(kLarge), {}, shape).bias_grad.blocks;
+  };
+  EXPECT_EQ(plan_backward(p, device(kLarge), {}, nullptr).bias_grad.variant, nullptr);
+  EXPECT_EQ(blocks(2, 6, 70, 300), 2 * 6 * 2 * 5);
+  EXPECT_EQ(blocks(1, 6, 70, 1), 6 * 2);
+  EXPECT_EQ(blocks(1, 1, 1, 1), 1);
+}
+
+// Keys and values of a section share the L2 cache, at least one unit and at most all.
+TEST(CudaPlan, SectionsFollowTheCache) {
+  Problem p = problem(DType::kFloat16, 64);
+  p.batch = 64;
+  p.seq_kv = 4096;  // 1 MiB of K and V a head
+  Device d = device(kLarge);
+  d.l2_bytes = 40 << 20;
+  EXPECT_EQ(plan_forward(p, d, {}).forward.order.section, 20);
+  d.l2_bytes = 1;
+  EXPECT_EQ(plan_forward(p, d, {}).forward.order.section, 1);
+  d.l2_bytes = int64_t(1) << 40;
+  EXPECT_EQ(plan_forward(p, d, {}).forward.order.section, 128);
+}
+
+std::string objection(const Problem& p, const Device& d) {
+  const Plan forward = plan_forward(p, d, {}), backward = plan_backward(p, d, {}, nullptr);
+  EXPECT_EQ(forward.objections.size(), 1u);
+  EXPECT_FALSE(backward.objections.empty());
+  return forward.objections.empty() ? "" : forward.objections[0];
+}
+
+TEST(CudaPlan, ObjectionsNameTheReason) {
+  Device old = device(kLarge);
+  old.compute_capability = 75;
+  EXPECT_NE(objection(problem(DType::kFloat16, 64), old).find("has 7.5"), std::string::npos);
+  EXPECT_NE(objection(problem(DType::kFloat64, 64), device(kLarge)).find("float64"), std::string::npos);
+  EXPECT_NE(objection(problem(DType::kFloat16, 64), device(4096)).find("4096 bytes"), std::string::npos);
+  Problem p = problem(DType::kFloat16, 64);
+  p.seq_kv = kMost;
+  EXPECT_NE(objection(p, device(kLarge)).find("2^31 rows"), std::string::npos);
+  p = problem(DType::kFloat16, 64);
+  p.seq_q = kMost / 3;  // 3 heads a group
+  EXPECT_NE(objection(p, device(kLarge)).find("2^31 rows"), std::string::npos);
+  p = problem(DType::kFloat16, 64);
+  p.batch = int64_t(1) << 31;
+  EXPECT_NE(objection(p, device(kLarge)).find("2^31 blocks"), std::string::npos);
+}
+
+TEST(CudaPlan, NothingToDoIsNoObjection) {
+  for (int empty = 0; empty < 2; ++empty) {
+    Problem p = problem(DType::kBFloat16, 64);
+    (empty ? p.seq_q : p.batch) = 0;
+    const Plan forward = plan_forward(p, device(kSmall), {}), backward = backward_plan(p, kSmall);
+    EXPECT_TRUE(forward.objections.empty() && backward.objections.empty());
+    EXPECT_EQ(forward.forward.blocks, 0);
+    EXPECT_EQ(backward.query_grad.blocks + backward.row_stats.blocks, 0);
+  }
+  Problem p = problem(DType::kBFloat16, 64);
+  p.seq_kv = 0;  // rows of zeros are to be written
+  EXPECT_GT(plan_forward(p, device(kSmall), {}).forward.blocks, 0);
+}
+
+}  // namespace
+}  // namespace fae::cuda
