@@ -3,6 +3,7 @@
 # PYTHON=python3.12     the Python that makes .venv (ignored inside an active virtualenv)
 # PIP_FLAGS=...         passed to pip install, for instance an index with CPU-only torch wheels
 # MAX_JOBS=2            compilers at a time          TEST_JOBS=2    pytest processes
+# FLASH_ATTN_EXT_CUDA=0 no CUDA kernels, even where there is nvcc (build_tools/cuda.py has more)
 # PYTEST_ARGS=...  BENCH_ARGS=...  DEMO_ARGS=...     passed on
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ ENV := $(CURDIR)/.venv
 endif
 PY := $(ENV)/bin/python
 STAMPS := $(ENV)/.flash_attn_ext
-CXX_SOURCES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' 2>/dev/null)
+CXX_SOURCES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
 
 .PHONY: setup build demo test bench test-abi test-aarch64 test-sanitize lint format clean
 .DEFAULT_GOAL := setup

@@ -24,13 +24,14 @@ class BuildNative(build_ext):
         return bool(self.inplace or getattr(self, "editable_mode", False))
 
     def get_outputs(self):
-        return [os.path.join(self.build_lib, name) for name in native.BINARIES]
+        built = [os.path.join(self.build_lib, name) for name in (*native.BINARIES, native.CUDA_LIBRARY)]
+        return [file for file in built if os.path.exists(file)]
 
     def get_output_mapping(self):
         return {}
 
     def get_source_files(self):
-        files = [*native.SOURCES.rglob("*.h"), *native.SOURCES.rglob("*.cpp")]
+        files = [file for kind in ("*.h", "*.cpp", "*.cu") for file in native.SOURCES.rglob(kind)]
         return [str(file.relative_to(native.ROOT)) for file in files]
 
 

@@ -25,6 +25,10 @@ def _results(function, inputs: list[torch.Tensor], dout: torch.Tensor, **options
     return [t.detach().double() for t in (out, *(leaf.grad for leaf in leaves))]
 
 
+def _dtypes(backend: str) -> list[torch.dtype]:
+    return [dtype for dtype in _ULPS if backend != "cuda" or dtype != torch.float64]
+
+
 def self_test(backend: str, dtype: torch.dtype) -> float:
     """The largest error against float64 of a causal attention and its gradients, as a multiple of
     what is allowed: the error of the unfused computation in `dtype`, doubled for gradients."""
@@ -33,7 +37,9 @@ def self_test(backend: str, dtype: torch.dtype) -> float:
     *inputs, dout = (torch.randn(shape, generator=random, dtype=torch.float64).to(dtype) for shape in shapes)
     exact = _results(attention_fp64, inputs, dout)
     unfused = _results(flash_attention, inputs, dout, backend="standard")
-    given = _results(flash_attention, inputs, dout, backend=backend)
+    device = "cuda" if backend == "cuda" else "cpu"
+    there = [t.to(device) for t in inputs]
+    given = [t.cpu() for t in _results(flash_attention, there, dout.to(device), backend=backend)]
     worst = 0.0
     for i, (e, u, g) in enumerate(zip(exact, unfused, given, strict=True)):
         ulps = _ULPS[dtype] * torch.finfo(dtype).eps * e.abs().max().item()
@@ -46,7 +52,7 @@ def self_test(backend: str, dtype: torch.dtype) -> float:
 def _report_self_test(name: str, backend: str) -> int:
     """One line; the exit status."""
     try:
-        errors = {str(dtype).removeprefix("torch."): self_test(backend, dtype) for dtype in _ULPS}
+        errors = {str(dtype).removeprefix("torch."): self_test(backend, dtype) for dtype in _dtypes(backend)}
     except Exception as error:  # a doctor reports whatever it meets
         print(f"self-test  {name:<16} FAILED: {type(error).__name__}: {error}")
         return 1
@@ -64,6 +70,10 @@ def _doctor() -> int:
     print(f"build      {info['compiler']}, {info['flags']}")
     here, built = ", ".join(info["cpu_isas"]), ", ".join(info["isas"])
     print(f"isa        {info['active_isa']} in use; here: {here}; built: {built}")
+    if info["cuda"]:
+        archs = ", ".join(f"sm_{arch}" for arch in info["cuda_archs"])
+        dims = ", ".join(map(str, info["cuda_head_dims"]))
+        print(f"cuda       {archs} and PTX, head dims {dims}; {info['cuda_note']}")
     missing = "".join(f"; no {name}: {reason}" for name, reason in dispatch.unavailable().items())
     print(f"backends   {', '.join(info['backends'])}{missing}", flush=True)
     failures = 0
@@ -76,6 +86,8 @@ def _doctor() -> int:
         print(run.stdout.strip() or died, flush=True)
         failures += run.returncode != 0
     failures += _report_self_test("portable", "portable")
+    if "cuda" in info["backends"]:
+        failures += _report_self_test("cuda", "cuda")
     print("all well" if not failures else f"{failures} self-test(s) failed")
     return 1 if failures else 0
 

@@ -390,16 +390,6 @@ def _products(count: int) -> list[Case]:
     return _family("product", cases)
 
 
-# Products of a problem that the CUDA kernels' emulator is given: it does some 5 to 20 million a second.
-EMULATED_WORK = 6_000_000
-
-
-def emulated(case: Case, thorough: bool = False) -> bool:
-    """Whether the emulator is given this case; `thorough`: almost all of them."""
-    work = case.batch * case.heads[0] * case.seq[0] * case.seq[1] * sum(case.dim)
-    return work <= EMULATED_WORK * (8 if thorough else 1)
-
-
 CASES = _sizes() + _dims() + _heads() + _zeros() + _bands() + _scores() + _masks() + _strides() + _blocks()
 CASES += _products(90)
 assert len({c.name for c in CASES}) == len(CASES), "case names are not unique"

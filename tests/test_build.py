@@ -36,7 +36,7 @@ def test_build_info_describes_this_build():
     assert info["isas"] == list(native.ISA_BY_MACHINE[native.machine()])
     assert "-O3" in info["flags"] and "-ffast-math" not in info["flags"] and "-march" not in info["flags"]
     assert re.match(r"(gcc|clang) \d+", info["compiler"])
-    assert info["cuda"] is False
+    assert info["cuda"] is _load.CUDA_LIBRARY.exists()
 
 
 def test_isas_and_variants_agree():
@@ -114,7 +114,7 @@ def test_wheel_and_second_build(tmp_path):
 
     again = python("-m", "build_tools.native")
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "CPU-only build" in again.stdout
+    assert ("CPU-only build" in again.stdout) != (_C.build_info()["cuda"])
     assert "compile csrc" not in again.stdout
 
 

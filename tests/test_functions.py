@@ -286,7 +286,10 @@ class TestModule:
 
 class TestChoosing:
     def test_available_backends(self):
-        assert fae.available_backends() == ["cpu", "portable", "standard"]
+        # A test before this one may have loaded the emulator.
+        listed = [name for name in fae.available_backends() if name != "cuda_emulated"]
+        card = [] if "cuda" in fae.dispatch.unavailable() else ["cuda"]
+        assert listed == ["cpu", *card, "portable", "standard"]
 
     def test_set_backend(self):
         q, k, v = qkv(1, 9, 2, 8)
@@ -300,14 +303,12 @@ class TestChoosing:
         for name in ("tpu", ""):
             with pytest.raises(ValueError, match="backend"):
                 fae.set_backend(name)
-        with pytest.raises((NotImplementedError, ValueError), match="cuda"):
-            fae.set_backend("cuda")
         assert fae.explain(q, k, v).backend == "cpu"
 
     def test_build_info(self):
         info = fae.build_info()
         assert info["active_isa"] == _C.active_isa() and info["cpu_isas"] == _C.cpu_isas()
-        assert info["backends"] == fae.available_backends() and info["cuda"] is False
+        assert info["backends"] == fae.available_backends()
         assert info["torch"] == torch.__version__
 
     def test_unknown_isa(self, monkeypatch):
