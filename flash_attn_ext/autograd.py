@@ -1,4 +1,4 @@
-"""First-order gradients and autocast of the attention operators."""
+"""First-order gradients and autocast of the attention operators, and notice of what they write into."""
 
 from __future__ import annotations
 
@@ -145,7 +145,20 @@ def _register_autocast(operators: ops.Operators) -> None:
         _library.impl(operators.attention, kernel, key)
 
 
+def _register_version_bump(forward_out: torch._ops.OpOverload) -> None:
+    """Count a write into `out`, so that backward notices when `out` had been saved for something else."""
+    below = torch._C._after_ADInplaceOrView_keyset
+
+    def kernel(keyset, q, k, v, out, *arguments):
+        torch.autograd.graph.increment_version(out)
+        return forward_out.redispatch(keyset & below, q, k, v, out, *arguments)
+
+    _library.impl(forward_out, kernel, "ADInplaceOrView", with_keyset=True)
+
+
 def register(operators: ops.Operators) -> None:
-    """Make `operators.attention` differentiable and subject to autocast."""
+    """Make `attention` differentiable and subject to autocast, and what `forward_out` writes noticed."""
     _register_autograd(operators)
     _register_autocast(operators)
+    if operators.forward_out is not None:
+        _register_version_bump(operators.forward_out)

@@ -35,7 +35,17 @@ class AttentionConfig:
         softmax_scale: any finite float; `None` is 1 / sqrt(dim).
 
     Tiles and splits are advice: they change speed and the last bits, never the meaning of a
-    result, and a backend may round or ignore them. `explain` says what was used.
+    result. The same advice gives the same bits, for any number of threads. What becomes of it:
+
+    | field | "cpu" | "portable" | "cuda", "standard" |
+    |---|---|---|---|
+    | block_q | in whole register tiles | as given; 1 when `batch_invariant` | not used |
+    | block_kv | in whole register tiles | as given | not used |
+    | num_splits | not used | not used | not used |
+
+    "cpu" counts the rows of all query heads that share a K/V head, and stops at 4096 or a few
+    megabytes of workspace per thread. Both take their blocks forward and backward. `explain`
+    says what is used; what is not used is logged once, as a warning.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, by name.

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _cuda
 from ._errors import choice
+
+if TYPE_CHECKING:
+    from .config import AttentionConfig
 
 BACKENDS = ("auto", "cpu", "cuda", "portable", "standard")
 
@@ -165,6 +168,25 @@ def preferred(request: Request) -> tuple[str, list[str]]:
         return "portable", [f"there are no kernels for device {kind!r} in this build"]
     reasons = objections("cuda", request)
     return ("portable" if reasons else "cuda"), reasons
+
+
+# What of a config's advice a backend takes; the others take none.
+_ADVICE = {"cpu": ("block_q", "block_kv"), "portable": ("block_q", "block_kv")}
+
+
+def blocks(name: str, config: AttentionConfig, batch_invariant: bool) -> tuple[int, int]:
+    """(block_q, block_kv) as backend `name` is advised, 0 being its own choice. Says so, once, where advice
+    is given that it does not take."""
+    one_query = batch_invariant and name == "portable"  # no product depends on how many there are
+    taken = {}
+    for field in ("block_q", "block_kv", "num_splits"):
+        advice = getattr(config, field)
+        taken[field] = field in _ADVICE.get(name, ()) and not (one_query and field == "block_q")
+        if advice is not None and not taken[field]:
+            log_once(logging.WARNING, f"config.{field}: backend {name!r} makes no use of it")
+    sizes = (getattr(config, field) if taken[field] else None for field in ("block_q", "block_kv"))
+    block_q, block_kv = (size or 0 for size in sizes)
+    return (1 if one_query else block_q), block_kv
 
 
 def _required(name: str, request: Request) -> str:

@@ -132,14 +132,14 @@ def _own_arguments(
     dtype: torch.dtype,
 ) -> tuple:
     """What a backend's operators want to be told beyond the options: their last arguments."""
-    if name == "portable":
-        # One query at a time, no product depends on how many there are.
-        return 1 if batch_invariant else config.block_q or 0, config.block_kv or 0
+    blocks = dispatch.blocks(name, config, batch_invariant)
+    if name == "cpu":
+        return (False, False, *blocks) if any(blocks) else ()
     if name in _cuda.BACKENDS:
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
         return deterministic, dtype == torch.float32 and _cuda.tf32_is_allowed()
-    return ()
+    return blocks
 
 
 def _write(name: str, call: tuple, need_lse: bool, own: tuple, out: Tensor, needs_grad: bool) -> Tensor:

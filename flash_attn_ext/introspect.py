@@ -135,7 +135,8 @@ def explain(
     desc = _errors.call_desc(*call)
     if kv_lengths is not None and kv_lengths.device.type == "cpu":
         desc["kv_lengths"] += (kv_lengths.data_ptr(),)  # the plan counts the work that they leave
-    native = _C.plan(desc, None, threads, backward)
+    blocks = dispatch.blocks(chosen, config, batch_invariant)
+    native = _C.plan(desc, None, threads, backward, *blocks)
     rejected = {}
     for name in dispatch.BACKENDS:
         if name not in ("auto", chosen):
@@ -144,7 +145,8 @@ def explain(
     if chosen in _cuda.BACKENDS:
         native |= _cuda.explain(chosen, call, deterministic, backward)
     elif chosen != "cpu":
-        native |= _plan_by_torch(chosen, heads_first(q, call[6]), k.shape[-3 + call[6]], config)
+        heads_of = (heads_first(t, call[6]) for t in (q, k))
+        native |= _plan_by_torch(chosen, *heads_of, blocks)
     own = {"backend": chosen, "splits": native["chunks"], "rejected": rejected}
     own |= {f.name: native[f.name] for f in fields(Plan) if f.name in native and f.name not in own}
     return Plan(**own)
@@ -161,12 +163,12 @@ def _why_not(name: str, chosen: str, backend: str, config: AttentionConfig) -> s
     return f"slower than {chosen!r}" if order.index(name) > order.index(chosen) else "not preferred"
 
 
-def _plan_by_torch(name: str, q: Tensor, seq_kv: int, config: AttentionConfig) -> dict:
-    """What differs from the native plan when torch's operations do the work. q: (batch, heads, seq, dim)."""
+def _plan_by_torch(name: str, q: Tensor, k: Tensor, blocks: tuple[int, int]) -> dict:
+    """What differs from the native plan where torch does the work. q, k: (batch, heads, seq, dim)."""
     batch, heads, seq_q, _ = q.shape
+    seq_kv = k.shape[2]
     if name == "portable":
-        advice = config.block_q or 0, config.block_kv or 0
-        block_q, block_kv = tile_shape(batch * heads, seq_q, seq_kv, *advice)
+        block_q, block_kv = tile_shape(batch * heads, seq_q, seq_kv, *blocks)
         kernel, element = "online softmax", lse_dtype(q).itemsize
     else:
         block_q, block_kv = seq_q, seq_kv

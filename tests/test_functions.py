@@ -193,62 +193,6 @@ class TestEstimateMemory:
             fae.estimate_memory(*arguments)
 
 
-class TestConfig:
-    @pytest.mark.parametrize("name", ["a100", "h100", "h200", "rtx4090", "cpu", "RTX 4090", "A100"])
-    def test_presets(self, name):
-        config = fae.AttentionConfig.for_device(name)
-        assert config.block_q >= 1 and config.block_kv >= 1
-        assert config.sram_bytes(64, torch.float16) == (config.block_q + 2 * config.block_kv) * 64 * 2
-        assert config.sram_bytes(128, torch.float32) == 4 * config.sram_bytes(64, torch.float16)
-
-    def test_preset_of_a_device(self):
-        assert fae.AttentionConfig.for_device(torch.device("cpu")) == fae.AttentionConfig.for_device("cpu")
-
-    @pytest.mark.parametrize("name", ["commodore64", "", 3, None])
-    def test_unknown_preset(self, name):
-        with pytest.raises((ValueError, TypeError)) as caught:
-            fae.AttentionConfig.for_device(name)
-        assert not isinstance(name, str) or "a100" in str(caught.value)
-
-    @pytest.mark.parametrize(
-        "changes",
-        [dict(block_q=0), dict(block_kv=-1), dict(num_splits=0), dict(block_q=1.5), dict(backend="tpu"), dict(backend=3),
-         dict(softmax_scale=math.nan), dict(softmax_scale=math.inf), dict(softmax_scale="x"), dict(num_splits="2"), dict(block_kv=True)],
-        ids=str,
-    )  # fmt: skip
-    def test_wrong_values(self, changes):
-        with pytest.raises((ValueError, TypeError), match=next(iter(changes))):
-            fae.AttentionConfig(**changes)
-
-    def test_configs_are_values(self):
-        a, b = fae.AttentionConfig(block_q=64), fae.AttentionConfig(block_q=64)
-        assert a == b and a != fae.AttentionConfig() and "64" in repr(a)
-
-    @pytest.mark.parametrize("backend", ["cpu", "portable", "standard"])
-    def test_tiles_and_splits_do_not_change_the_result(self, backend):
-        inputs = build(Case("config", heads=(4, 2), seq=(70, 200), causal=True), torch.float64)
-        expected = fae.flash_attention(inputs.q, inputs.k, inputs.v, causal=True)
-        for config in (fae.AttentionConfig(block_q=1, block_kv=1), fae.AttentionConfig(block_q=33, block_kv=7, num_splits=3),
-                       fae.AttentionConfig(block_q=4096, block_kv=4096), fae.AttentionConfig.for_device("h100")):  # fmt: skip
-            out = fae.flash_attention(
-                inputs.q, inputs.k, inputs.v, causal=True, config=config, backend=backend
-            )
-            torch.testing.assert_close(out, expected)
-
-    def test_scale_and_backend_come_from_the_config_unless_given(self):
-        q, k, v = qkv(1, 9, 2, 8)
-        config = fae.AttentionConfig(softmax_scale=0.1, backend="portable")
-        assert torch.equal(
-            fae.flash_attention(q, k, v, config=config),
-            fae.flash_attention(q, k, v, scale=0.1, backend="portable"),
-        )
-        torch.testing.assert_close(
-            fae.flash_attention(q, k, v, scale=0.7, config=config), fae.flash_attention(q, k, v, scale=0.7)
-        )
-        assert fae.explain(q, k, v, config=config).backend == "portable"
-        assert fae.explain(q, k, v, config=config, backend="cpu").backend == "cpu"
-
-
 class TestModule:
     def test_forward_with_each_kind_of_mask(self):
         attention = fae.create_attention(fae.AttentionConfig(softmax_scale=0.3))

@@ -291,6 +291,36 @@ def test_a_changed_input_is_noticed_before_backward(backend):
         out.sum().backward()
 
 
+@pytest.mark.parametrize("backend", ["cpu", "portable", "standard"])
+def test_writing_into_out_is_noticed_before_backward(backend):
+    """`out` had been saved by another operation: its gradient must not be made of the new values."""
+    q, k, v, _ = compiled_inputs(9, 13, grad=False)
+    weight = torch.randn(2, 9, 4, 6, requires_grad=True)
+    out = torch.randn(2, 9, 4, 6)
+    product = weight * out
+    version = out._version
+    with torch.no_grad():
+        fae.flash_attention(q, k, v, out=out, backend=backend)
+    assert out._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+def test_the_raw_operator_counts_its_write():
+    q, k, v, _ = compiled_inputs(9, 13, grad=False)
+    out = torch.empty(2, 9, 4, 6)
+    view = out[:, 2:]
+    arguments = (q[:, 2:], k, v, view, None, None, None, 0, 0, -1, -1, None, 0.0, False)
+    versions = [x._version for x in (q, k, v, out)]
+    torch.ops.flash_attn_ext.attention_forward_out(*arguments)
+    assert [x._version for x in (q, k, v)] == versions[:3]
+    assert out._version > versions[3] and view._version == out._version
+    with torch.inference_mode():  # such tensors have no version
+        fresh = torch.empty(2, 9, 4, 6)
+        fae.flash_attention(q, k, v, out=fresh)
+    assert torch.equal(fresh[:, 2:], view)
+
+
 def test_checkpoint(backend):
     from torch.utils.checkpoint import checkpoint
 

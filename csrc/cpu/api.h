@@ -38,8 +38,15 @@ struct Plan {
   size_t workspace_bytes() const { return worker_bytes * size_t(threads) + shared_bytes; }
 };
 
-Plan plan_forward(const Problem& problem, Isa isa, int threads);
-Plan plan_backward(const Problem& problem, Isa isa, int threads);
+// Tile sizes that a caller would like; 0 leaves them to the planner. They are rounded to whole
+// register tiles, to what there is to do, and to a few megabytes of workspace.
+struct Advice {
+  int64_t block_q = 0;
+  int64_t block_kv = 0;
+};
+
+Plan plan_forward(const Problem& problem, Isa isa, int threads, const Advice& advice = {});
+Plan plan_backward(const Problem& problem, Isa isa, int threads, const Advice& advice = {});
 
 // Throw std::bad_alloc when the workspace cannot be had; nothing is written then.
 void forward(const ForwardCall& call, const Plan& plan, const Executor& executor);

@@ -11,6 +11,9 @@ namespace {
 // (1 to 2 MiB). Measured flat around these values, and falling below half of them.
 constexpr int64_t kKeyBytes = 512 << 10;
 constexpr int64_t kRowBytes = 800 << 10;
+// Advice may go past that, for trying out, without taking a machine's memory.
+constexpr int64_t kMostAdvisedBytes = 4 << 20;
+constexpr int64_t kMostAdvised = 4096;
 // Below this much work per thread, waking another thread costs more than it saves.
 constexpr double kFlopsPerThread = 4e5;
 
@@ -20,6 +23,11 @@ int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 // The largest multiple of `step` with at most `bytes` at `each`, within [step, most].
 int64_t fitting(int64_t bytes, int64_t each, int64_t step, int64_t most) {
   return std::clamp(bytes / each / step * step, step, std::max(step, most));
+}
+
+// An advised number of rows or keys, at `each` bytes, as whole steps and within reason.
+int64_t advised(int64_t advice, int64_t each, int64_t step) {
+  return round_up(std::min(advice, fitting(kMostAdvisedBytes, each, step, kMostAdvised)), step);
 }
 
 // (query, key) pairs that band and lengths leave visible, over all batches and heads.
@@ -64,7 +72,7 @@ Plan begin_plan(const Problem& p, Isa isa, const KernelInfo& info) {
 
 }  // namespace
 
-Plan plan_forward(const Problem& p, Isa isa, int threads) {
+Plan plan_forward(const Problem& p, Isa isa, int threads, const Advice& advice) {
   const DTypeKernels& kernels = kernels_for(isa, p.dtype);
   const KernelInfo& info = kernels.info;
   Plan plan = begin_plan(p, isa, info);
@@ -73,8 +81,9 @@ Plan plan_forward(const Problem& p, Isa isa, int threads) {
 
   const int64_t key_bytes = (p.dim + p.dim_v) * info.element_bytes;
   const int64_t row_bytes = p.dim * info.element_bytes + p.dim_v * info.accumulator_bytes;
-  // Depends on the head dims alone, as a row's rounding depends on it.
-  plan.block_kv = fitting(kKeyBytes, key_bytes, info.register_cols, 12 * 64);
+  // Depends on the head dims and the advice alone, as a row's rounding depends on it.
+  plan.block_kv = advice.block_kv > 0 ? advised(advice.block_kv, key_bytes, info.register_cols)
+                                      : fitting(kKeyBytes, key_bytes, info.register_cols, 12 * 64);
   plan.block_kv = std::min(plan.block_kv, round_up(std::max<int64_t>(p.seq_kv, 1), info.register_cols));
   const int64_t units = p.batch * p.heads_kv;
   const int64_t rows = p.packed_rows();
@@ -89,6 +98,10 @@ Plan plan_forward(const Problem& p, Isa isa, int threads) {
   const int64_t tiles =
       std::max(ceil_div(rows, most), std::min(wanted_tiles, ceil_div(rows, 16 * info.register_rows)));
   plan.block_q = round_up(ceil_div(rows, tiles), info.register_rows);
+  if (advice.block_q > 0) {
+    plan.block_q =
+        std::min(advised(advice.block_q, row_bytes, info.register_rows), round_up(rows, info.register_rows));
+  }
   plan.tasks = units * ceil_div(rows, plan.block_q);
   plan.threads = int(std::min<int64_t>(plan.threads, plan.tasks));
   ForwardCall call;
@@ -97,7 +110,7 @@ Plan plan_forward(const Problem& p, Isa isa, int threads) {
   return plan;
 }
 
-Plan plan_backward(const Problem& p, Isa isa, int threads) {
+Plan plan_backward(const Problem& p, Isa isa, int threads, const Advice& advice) {
   // Numbers that the order of summation depends on come from the problem alone.
   constexpr int64_t kEnoughTasks = 32;
   constexpr int64_t kFewestRows = 192;
@@ -112,9 +125,14 @@ Plan plan_backward(const Problem& p, Isa isa, int threads) {
       (2 * p.dim + p.dim_v) * info.element_bytes + (p.dim + p.dim_v) * info.accumulator_bytes;
   // Whole register tiles both as rows (dK, dV) and as columns (scores).
   const int64_t step = 3 * 64;
-  plan.block_kv = fitting(kKeyBytes, key_bytes, key_bytes > 4096 ? info.register_cols : step, 2 * step);
+  plan.block_kv = advice.block_kv > 0
+                      ? advised(advice.block_kv, key_bytes, info.register_cols)
+                      : fitting(kKeyBytes, key_bytes, key_bytes > 4096 ? info.register_cols : step, 2 * step);
   plan.block_kv = std::min(plan.block_kv, round_up(std::max<int64_t>(p.seq_kv, 1), info.register_cols));
-  plan.block_q = 16 * 6;
+  // Each row comes packed twice, and with its probabilities and gradients against the block.
+  const int64_t row_bytes =
+      std::max(2 * (p.dim + p.dim_v) * info.element_bytes, 2 * plan.block_kv * info.accumulator_bytes);
+  plan.block_q = advice.block_q > 0 ? advised(advice.block_q, row_bytes, info.register_rows) : 16 * 6;
   const int64_t rows = p.packed_rows();
   plan.block_q = std::min(plan.block_q, round_up(std::max<int64_t>(rows, 1), info.register_rows));
   const int64_t units = p.batch * p.heads_kv;

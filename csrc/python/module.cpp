@@ -111,12 +111,14 @@ py::object validate_call(const py::dict& desc) {
   return py::make_tuple(kind_name(error->kind), error->text);
 }
 
-py::dict plan_call(const py::dict& desc, const py::object& isa, int threads, bool backward) {
+py::dict plan_call(const py::dict& desc, const py::object& isa, int threads, bool backward, int64_t block_q,
+                   int64_t block_kv) {
   const CallFromDict described(desc);
   if (const auto error = validate(described.call())) raise(*error);
   const Problem problem = make_problem(described.call());
-  const cpu::Plan plan = backward ? cpu::plan_backward(problem, isa_named(isa), threads)
-                                  : cpu::plan_forward(problem, isa_named(isa), threads);
+  const cpu::Advice advice{block_q, block_kv};
+  const cpu::Plan plan = backward ? cpu::plan_backward(problem, isa_named(isa), threads, advice)
+                                  : cpu::plan_forward(problem, isa_named(isa), threads, advice);
   py::dict result;
   result["isa"] = cpu::name_of(plan.isa);
   result["kernel"] = plan.kernel;
@@ -134,11 +136,13 @@ py::dict plan_call(const py::dict& desc, const py::object& isa, int threads, boo
   return result;
 }
 
-py::dict explain_call(const py::dict& desc, const py::object& isa, int threads, bool backward) {
+py::dict explain_call(const py::dict& desc, const py::object& isa, int threads, bool backward,
+                      int64_t block_q, int64_t block_kv) {
   py::dict result;
   result["error"] = validate_call(desc);
-  result["plan"] =
-      result["error"].is_none() ? py::object(plan_call(desc, isa, threads, backward)) : py::none();
+  result["plan"] = result["error"].is_none()
+                       ? py::object(plan_call(desc, isa, threads, backward, block_q, block_kv))
+                       : py::none();
   return result;
 }
 
@@ -190,10 +194,11 @@ PYBIND11_MODULE(_C, m) {
         "None if the described call is legal, else (kind, text); kind is 'value', 'type' or "
         "'not_implemented'.");
   m.def("plan", &plan_call, py::arg("desc"), py::arg("isa") = py::none(), py::arg("threads") = 1,
-        py::arg("backward") = false,
-        "What the described call would run, as a dict; raises if it is not legal.");
+        py::arg("backward") = false, py::arg("block_q") = 0, py::arg("block_kv") = 0,
+        "What the described call would run, as a dict; raises if it is not legal. Blocks are advice.");
   m.def("explain", &explain_call, py::arg("desc"), py::arg("isa") = py::none(), py::arg("threads") = 1,
-        py::arg("backward") = false, "{'error': validate(desc), 'plan': plan(desc, ...) or None}.");
+        py::arg("backward") = false, py::arg("block_q") = 0, py::arg("block_kv") = 0,
+        "{'error': validate(desc), 'plan': plan(desc, ...) or None}.");
   m.def("flash_attention", &flash_attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
         py::arg("causal") = false, py::arg("scale") = py::none(),
         R"(Attention of CPU arrays, written into `out`; releases the GIL.

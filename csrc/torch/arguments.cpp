@@ -18,7 +18,7 @@ Options take_options(Arguments& arguments) {
           arguments.optional_real(),
           arguments.real(),
           arguments.boolean(),
-          {arguments.boolean(), arguments.boolean()}};
+          {arguments.boolean(), arguments.boolean(), arguments.integer(), arguments.integer()}};
 }
 
 CallDesc describe_call(const TensorRef& q, const TensorRef& k, const TensorRef& v, const Options& options,

@@ -6,9 +6,12 @@
 
 namespace fae::torch_ops {
 
+// Each backend takes what it has a use for.
 struct RunOptions {
   bool deterministic = false;  // gradients bitwise the same from run to run
   bool tf32 = false;           // one TF32 product for fp32 where there are such
+  int64_t block_q = 0;         // advice on tile sizes, 0 for none
+  int64_t block_kv = 0;
 };
 
 // Compute a valid call that has an output, on the device of its tensors; nothing is written when

@@ -6,14 +6,17 @@
 
 namespace fae::torch_ops {
 
-void run_forward(const ForwardCall& call, Place, const RunOptions&) {
+void run_forward(const ForwardCall& call, Place, const RunOptions& options) {
   const cpu::Executor executor = torch_executor();
-  cpu::forward(call, cpu::plan_forward(call.problem, cpu::active_isa(), executor.threads), executor);
+  const cpu::Advice advice{options.block_q, options.block_kv};
+  cpu::forward(call, cpu::plan_forward(call.problem, cpu::active_isa(), executor.threads, advice), executor);
 }
 
-void run_backward(const BackwardCall& call, Place, const RunOptions&) {
+void run_backward(const BackwardCall& call, Place, const RunOptions& options) {
   const cpu::Executor executor = torch_executor();
-  cpu::backward(call, cpu::plan_backward(call.problem, cpu::active_isa(), executor.threads), executor);
+  const cpu::Advice advice{options.block_q, options.block_kv};
+  cpu::backward(call, cpu::plan_backward(call.problem, cpu::active_isa(), executor.threads, advice),
+                executor);
 }
 
 }  // namespace fae::torch_ops

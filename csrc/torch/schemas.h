@@ -16,9 +16,10 @@ inline const std::string kOptions =
     "Tensor? mask, Tensor? bias, Tensor? kv_lengths, "
     "int layout, int causal, int window_left, int window_right, float? scale, float softcap";
 
-// Advice that the CPU has no use for. deterministic: of the gradients, bitwise from run to run.
-// tf32: one TF32 product for fp32 instead of three.
-inline const std::string kAdvice = ", bool deterministic=False, bool tf32=False";
+// For CUDA, deterministic: the gradients, bitwise from run to run; tf32: one TF32 product for fp32
+// instead of three. For the CPU, block_q, block_kv: advice on tile sizes, 0 for none.
+inline const std::string kAdvice =
+    ", bool deterministic=False, bool tf32=False, int block_q=0, int block_kv=0";
 
 // lse, dbias: an empty (0,) tensor when not asked for.
 inline const std::string kForward = "(Tensor q, Tensor k, Tensor v, " + kOptions + ", bool return_lse" +

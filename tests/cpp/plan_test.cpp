@@ -1,6 +1,7 @@
 // What the planner promises, without running anything.
 #include <gtest/gtest.h>
 
+#include <cstdint>
 #include <random>
 
 #include "cpu/api.h"
@@ -90,6 +91,40 @@ TEST(Plan, BackwardOrderDoesNotDependOnThreads) {
       ASSERT_EQ(many.chunks, one.chunks);
       ASSERT_EQ(many.tasks, one.tasks);
       ASSERT_LE(many.threads, threads);
+    }
+  });
+}
+
+TEST(Plan, AdviceIsRoundedAndBounded) {
+  constexpr int64_t kHuge = INT64_MAX;
+  for_each_problem([](const Problem& p, Isa isa) {
+    for (const Advice& advice :
+         {Advice{1, 1}, Advice{7, 200}, Advice{kHuge, kHuge}, Advice{-3, 70}, Advice{50, 0}}) {
+      for (bool backward : {false, true}) {
+        const auto planned = [&](int threads, const Advice& a) {
+          return backward ? plan_backward(p, isa, threads, a) : plan_forward(p, isa, threads, a);
+        };
+        const Plan own = planned(2, {}), plan = planned(2, advice);
+        ASSERT_EQ(plan.block_q % plan.register_rows, 0);
+        ASSERT_EQ(plan.block_kv % plan.register_cols, 0);
+        ASSERT_GT(plan.block_q, 0);
+        ASSERT_GT(plan.block_kv, 0);
+        ASSERT_LE(plan.block_q, 4096 + plan.register_rows);
+        ASSERT_LE(plan.block_kv, 4096);
+        ASSERT_TRUE(advice.block_kv != 0 || plan.block_kv == own.block_kv);
+        ASSERT_TRUE(advice.block_kv != 1 || plan.block_kv == plan.register_cols);
+        ASSERT_TRUE(advice.block_q != 1 || plan.block_q == plan.register_rows);
+        ASSERT_TRUE(advice.block_q > 0 || backward || plan.block_q == own.block_q);
+        // dQ sums of the backward pass grow with the rows, whatever the blocks are.
+        ASSERT_LE(plan.worker_bytes, (size_t(48) << 20) + (backward ? own.worker_bytes : 0));
+        ASSERT_EQ(plan.chunks, own.chunks);
+        const Plan one = planned(1, advice);
+        ASSERT_EQ(one.block_kv, plan.block_kv);
+        ASSERT_TRUE(!backward || one.block_q == plan.block_q);
+        if (!backward && p.has_output()) {
+          ASSERT_EQ(plan.tasks, p.batch * p.heads_kv * ((p.packed_rows() + plan.block_q - 1) / plan.block_q));
+        }
+      }
     }
   });
 }
