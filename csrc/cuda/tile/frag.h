@@ -109,11 +109,18 @@ struct Mma<float> {
   struct Split {
     uint32_t high[kRegs], low[kRegs];
 
-    FAE_DEVICE void set(int i, float x, bool fast) {
-      high[i] = to_tf32(x);
-      if (!fast) {
-        const float rest = x - bit_cast<float>(high[i]);
-        low[i] = to_tf32(rest);
+    // to_tf32 is half a dozen instructions on sm_80. The split needs no care for NaN: x - high is NaN
+    // then, whatever high is, and so is every product with low, of which mma drops the last bits itself.
+    FAE_DEVICE void set(const float (&x)[kRegs], bool fast) {
+      if (fast) {
+        FAE_UNROLL
+        for (int i = 0; i < kRegs; ++i) high[i] = to_tf32(x[i]);
+      } else {
+        FAE_UNROLL
+        for (int i = 0; i < kRegs; ++i) {
+          high[i] = (bit_cast<uint32_t>(x[i]) + 0x1000u) & 0xffffe000u;
+          low[i] = bit_cast<uint32_t>(x[i] - bit_cast<float>(high[i]));
+        }
       }
     }
   };
@@ -153,35 +160,38 @@ struct Mma<float> {
   static FAE_DEVICE void load_a_rows(A& a, LaneChunk lane, int row, int depth, bool fast) {
     uint32_t reg[4];
     ldmatrix_x4(reg, Tile::move(lane, row, depth / 4).at());
+    float x[4];
     FAE_UNROLL
-    for (int i = 0; i < 4; ++i) a.set(i, bit_cast<float>(reg[i]), fast);
+    for (int i = 0; i < 4; ++i) x[i] = bit_cast<float>(reg[i]);
+    a.set(x, fast);
   }
   template <class Tile>
   static FAE_DEVICE void load_a_columns(A& a, LaneChunk lane, int depth, int row, bool fast) {
+    float x[4];
     FAE_UNROLL
-    for (int i = 0; i < 4; ++i) a.set(i, load_column<Tile>(lane, depth, row + i % 2 * 8, i / 2), fast);
+    for (int i = 0; i < 4; ++i) x[i] = load_column<Tile>(lane, depth, row + i % 2 * 8, i / 2);
+    a.set(x, fast);
   }
   template <class Tile>
   static FAE_DEVICE void load_b_rows(B (&b)[2], LaneChunk lane, int column, int depth, bool fast) {
     uint32_t reg[4];
     ldmatrix_x4(reg, Tile::move(lane, column, depth / 4).at());
-    FAE_UNROLL
-    for (int i = 0; i < 4; ++i) b[i / 2].set(i % 2, bit_cast<float>(reg[i]), fast);
+    b[0].set({bit_cast<float>(reg[0]), bit_cast<float>(reg[1])}, fast);
+    b[1].set({bit_cast<float>(reg[2]), bit_cast<float>(reg[3])}, fast);
   }
   template <class Tile>
   static FAE_DEVICE void load_b_columns(B (&b)[2], LaneChunk lane, int depth, int column, bool fast) {
     FAE_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      b[i / 2].set(i % 2, load_column<Tile>(lane, depth, column + i / 2 * 8, i % 2), fast);
+    for (int i = 0; i < 2; ++i) {
+      b[i].set({load_column<Tile>(lane, depth, column + i * 8, 0),
+                load_column<Tile>(lane, depth, column + i * 8, 1)},
+               fast);
     }
   }
 
   template <int kN>
   static FAE_DEVICE void from_accumulator(A& a, const FragC (&c)[kN], int step, bool fast) {
-    a.set(0, c[step][0], fast);
-    a.set(1, c[step][2], fast);
-    a.set(2, c[step][1], fast);
-    a.set(3, c[step][3], fast);
+    a.set({c[step][0], c[step][2], c[step][1], c[step][3]}, fast);
   }
 
  private:
