@@ -32,6 +32,8 @@ class RowStatsKernel {
   static constexpr int kChunk = 16 / int(sizeof(T));
   // Past this, half a unit in the last place of lse is more than P may be wrong by.
   static constexpr double kFar = kWideLse ? 268435456.0 : 2048.0;
+  // Past this, neighbouring scores in fp32 lie further apart than the logarithm of any sum.
+  static constexpr double kBeyondSums = 268435456.0;
 
   static FAE_DEVICE double load_lse(const void* data, int64_t at) {
     if constexpr (kWideLse) return load_global(static_cast<const double*>(data) + at);
@@ -51,9 +53,20 @@ class RowStatsKernel {
       lse = load_lse(params.call.lse, flat);
       // A row without keys: exp(-inf - inf) is 0, exp(-inf + inf) would not be.
       if (lse == -__builtin_inf()) lse = __builtin_inf();
-      const float high = float(lse);
-      if (is_finite(high)) low = float(lse - double(high));
-      if (lse - lse == 0 && fabs(lse) > kFar) low += log_sum(params, batch, head_kv, row, high, low);
+      double base = lse;
+      float log_sum = 0;
+      if constexpr (kNeedsLow<T, kModified>) {
+        if (lse - lse == 0 && fabs(lse) > kFar) {
+          const Partial far = far_row(params, batch, head_kv, row);
+          const double natural = double(params.scale.natural);
+          // The maximum as the tiled product rounds it, where lse is nothing but that.
+          const float max = fabs(lse) > kBeyondSums ? float(lse / natural) : far.max;
+          base = double(max) * natural;
+          log_sum = logf(far.sum);
+        }
+      }
+      if (is_finite(float(base))) low = float(base - double(float(base))) + log_sum;
+      lse = base;
       delta =
           dot_rows(params, params.call.out.offset(batch, head, i), params.call.dout.offset(batch, head, i));
       if (params.call.dlse) delta -= float(load_lse(params.call.dlse, flat));
@@ -64,20 +77,29 @@ class RowStatsKernel {
     store_global(params.stats.delta + at, delta);
   }
 
-  // log(sum of P) of a row by its lse: 0 unless lse is too coarse to hold the logarithm of the
-  // sum that it is made of, as where the scores lie around -1e38 (a bias of finfo.min).
-  static FAE_DEVICE_COLD float log_sum(const Params& params, int batch, int head_kv, int packed_row,
-                                       float lse, float lse_low) {
+  struct Partial { float max, sum; };
+
+  // The largest score value of a row and the sum of exp(score - max), for rows whose lse is too coarse
+  // to hold the logarithm of that sum (a bias of finfo.min). Products are summed in another order
+  // than elsewhere: far from 0 only the differences of these scores are to be trusted.
+  static FAE_DEVICE_COLD Partial far_row(const Params& params, int batch, int head_kv, int packed_row) {
     const Problem& p = params.call.problem;
     const ScoreTile row = single_row(p, params.scale, batch, head_kv, packed_row);
     const int i = row.rows.query(0);
     const KeyRange seen = visible_keys(p.masking.band, row.kv_length, i, i + 1);
-    float sum = 0;
+    Partial part{kHidden, 0};
     for (int j = int(seen.begin) + lane_index(); j < seen.end; j += kWarpSize) {
       const float s = exact_score<T, kModified>(row, j).value;
-      if (s != kHidden) sum += probability(s, params.scale.natural, lse, lse_low);
+      if (s == kHidden) continue;
+      if (s > part.max) {
+        part.sum *= exp2_fast((part.max - s) * params.scale.exponent);
+        part.max = s;
+      }
+      part.sum += exp2_fast((s - part.max) * params.scale.exponent);
     }
-    return logf(warp_sum(sum));
+    const float max = warp_max(part.max);
+    return {max,
+            warp_sum(part.sum == 0 ? 0.0f : part.sum * exp2_fast((part.max - max) * params.scale.exponent))};
   }
 
   static FAE_DEVICE float dot_rows(const Params& params, int64_t out, int64_t dout) {

@@ -144,7 +144,7 @@ class KeyGrad {
         const Smem<std::byte> slot = ring.next(load);
         const TileQ q{slot}, dout{slot + TileQ::kBytes};
         if (seen) {
-          multiply_rows<T>(p, resident_k(), key_row, q, 0, fast);
+          multiply_rows<T, true>(p, resident_k(), key_row, q, 0, fast);
           score_gradients(
               p, tile, mask_class, key_row, row,
               [&](Scores& weights) {
@@ -158,7 +158,7 @@ class KeyGrad {
       } else {
         for (int step = 0; step < steps_k(); ++step) {
           const Smem<std::byte> slot = ring.next(load);
-          if (seen) multiply_rows<T>(p, TileKV{slot}, key_row, TileQ{slot + TileKV::kBytes}, 0, fast);
+          if (seen) multiply_rows<T, true>(p, TileKV{slot}, key_row, TileQ{slot + TileKV::kBytes}, 0, fast);
         }
         Scores weights;
         score_gradients(

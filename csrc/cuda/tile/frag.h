@@ -34,6 +34,7 @@ struct Mma {  // 16-bit types
   struct A { uint32_t reg[4]; };  // 16 rows x kStep
   struct B { uint32_t reg[2]; };  // kStep x 8 columns
 
+  template <bool kBFirst = false>
   static FAE_DEVICE void multiply(FragC& d, const A& a, const B& b, bool /*fast*/) {
     if constexpr (DTypeOf<T>::value == DType::kBFloat16) mma_m16n8k16_bf16(d, a.reg, b.reg);
     else mma_m16n8k16_f16(d, a.reg, b.reg);
@@ -127,10 +128,13 @@ struct Mma<float> {
   using A = Split<4>;
   using B = Split<2>;
 
+  // kBFirst: the terms in the order of b a, so that a product and its transpose round alike.
+  template <bool kBFirst = false>
   static FAE_DEVICE void multiply(FragC& d, const A& a, const B& b, bool fast) {
     if (!fast) {
+      if constexpr (kBFirst) mma_m16n8k8_tf32(d, a.high, b.low);
       mma_m16n8k8_tf32(d, a.low, b.high);
-      mma_m16n8k8_tf32(d, a.high, b.low);
+      if constexpr (!kBFirst) mma_m16n8k8_tf32(d, a.high, b.low);
     }
     mma_m16n8k8_tf32(d, a.high, b.high);
   }

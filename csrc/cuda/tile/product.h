@@ -18,8 +18,8 @@ FAE_DEVICE void clear(FragC (&c)[kM][kN]) {
 }
 
 // c += a b^T over all columns of both tiles: c's rows are a's from `row` on, its columns b's
-// rows from `column` on.
-template <class T, int kM, int kN, class TileA, class TileB>
+// rows from `column` on. kBFirst: rounded as the transpose of b a^T is.
+template <class T, bool kBFirst = false, int kM, int kN, class TileA, class TileB>
 FAE_DEVICE void multiply_rows(FragC (&c)[kM][kN], const TileA& a, int row, const TileB& b, int column,
                               bool fast) {
   using M = Mma<T>;
@@ -36,8 +36,8 @@ FAE_DEVICE void multiply_rows(FragC (&c)[kM][kN], const TileA& a, int row, const
       M::template load_b_rows<TileB>(fb, lane_b, 8 * n, depth, fast);
       FAE_UNROLL
       for (int m = 0; m < kM; ++m) {
-        M::multiply(c[m][n], fa[m], fb[0], fast);
-        M::multiply(c[m][n + 1], fa[m], fb[1], fast);
+        M::template multiply<kBFirst>(c[m][n], fa[m], fb[0], fast);
+        M::template multiply<kBFirst>(c[m][n + 1], fa[m], fb[1], fast);
       }
     }
   }
