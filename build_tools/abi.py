@@ -2,7 +2,9 @@
 
 A copy of the tree is built in an environment with the oldest supported torch. Then the test suite runs in
 that copy twice, under that torch and under the one of the Python that runs this, on the very same binaries
-(their digests are printed). Arguments are passed on to pytest.
+(their digests are printed). Left out is what runs other binaries than these: the C++ tests, which know no
+torch, and the emulator, which is built anew for each torch. Arguments are passed on to pytest in place of
+that choice.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ WORK = ROOT / "build" / "abi"
 TREE = WORK / "tree"
 OLDEST = f"{MIN_TORCH[0]}.{MIN_TORCH[1]}"
 REBUILDS = "tests/test_build.py::test_wheel_and_second_build"
+OTHER_BINARIES = ("--deselect", "tests/test_cpp.py", "--deselect", "tests/test_cuda_mutations.py")
+CHOICE = (*OTHER_BINARIES, "-k", "not cuda_emulated and not TestEmulated")
 NOT_COPIED = (".git", ".venv", "build", "dist", "*.so", "*.egg-info", "__pycache__", ".pytest_cache")
 
 
@@ -69,7 +73,7 @@ def main(arguments: list[str]) -> int:
     status = 0
     for python in (oldest, Path(sys.executable)):
         run(python, "-c", "import torch; print('torch', torch.__version__)", cwd=TREE)
-        pytest = arguments or ["-n", str(os.cpu_count() or 1)]
+        pytest = arguments or ["-n", str(os.cpu_count() or 1), *CHOICE]
         status |= run(python, "-m", "pytest", "--deselect", REBUILDS, *pytest, cwd=TREE)
         if digests() != built:
             sys.exit("error: the tests have changed the binaries under test")
