@@ -32,12 +32,12 @@ struct BiasGradKernel {
   void (*run)(const BackwardCall&, const Plan&, int64_t task, std::byte* workspace);
 };
 
-// A pass before the gradients, where rounding took too much from some row's lse. low: see BackwardCall.
+// A pass before the gradients, where rounding took too much from some row's lse: fills call.lse_low.
 struct LogSumKernel {
   bool (*needed)(const BackwardCall&);
   size_t (*workspace)(const BackwardCall&, const Plan&);
   int64_t (*tasks)(const BackwardCall&, const Plan&);
-  void (*run)(const BackwardCall&, const Plan&, int64_t task, void* low, std::byte* workspace);
+  void (*run)(const BackwardCall&, const Plan&, int64_t task, std::byte* workspace);
 };
 
 // How a kernel computes one dtype.

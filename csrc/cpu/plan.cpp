@@ -34,26 +34,30 @@ int64_t advised(int64_t advice, int64_t each, int64_t step) {
 double visible_pairs(const Problem& p) {
   double pairs = 0;
   for (int64_t b = 0; b < p.batch; ++b) {
-    const int64_t length = p.masking.kv_lengths.at(b, p.seq_kv);
+    const Sequence sequence = p.sequence(b);
     double rows = 0;
-    if (p.masking.band.unbounded()) {
-      rows = double(p.seq_q) * double(length);
+    if (sequence.band.unbounded()) {
+      rows = double(sequence.seq_q) * double(sequence.kv_length);
     } else {
-      for (int64_t i = 0; i < p.seq_q; ++i) {
-        const KeyRange seen = visible_keys(p.masking.band, length, i, i + 1);
+      for (int64_t i = 0; i < sequence.seq_q; ++i) {
+        const KeyRange seen = visible_keys(sequence.band, sequence.kv_length, i, i + 1);
         rows += double(seen.end - seen.begin);
       }
     }
     pairs += rows;
-    if (!p.masking.kv_lengths.data) return rows * double(p.batch) * double(p.heads_q);
+    if (!p.masking.kv_lengths.present() && !p.packing.present()) {
+      return rows * double(p.batch) * double(p.heads_q);
+    }
   }
   return pairs * double(p.heads_q);
 }
 
 double tensor_bytes(const Problem& p) {
-  const double queries = double(p.batch) * double(p.heads_q) * double(p.seq_q);
-  const double keys = double(p.batch) * double(p.heads_kv) * double(p.seq_kv);
-  return double(size_of(p.dtype)) * (queries + keys) * double(p.dim + p.dim_v);
+  const bool packed = p.packing.present();
+  const double queries = packed ? double(p.packing.total_q) : double(p.batch) * double(p.seq_q);
+  const double keys = packed ? double(p.packing.total_kv) : double(p.batch) * double(p.seq_kv);
+  return double(size_of(p.dtype)) * (queries * double(p.heads_q) + keys * double(p.heads_kv)) *
+         double(p.dim + p.dim_v);
 }
 
 int useful_threads(double flops, int threads) {

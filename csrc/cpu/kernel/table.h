@@ -61,8 +61,8 @@ struct LogSumFunctions {
     return LogSum<P, S>(call, plan, nullptr).bytes();
   }
   static int64_t tasks(const BackwardCall& call, const Plan& plan) { return LogSum<P, S>::tasks(call, plan); }
-  static void run(const BackwardCall& call, const Plan& plan, int64_t task, void* low, std::byte* workspace) {
-    LogSum<P, S>(call, plan, workspace).run(task, low);
+  static void run(const BackwardCall& call, const Plan& plan, int64_t task, std::byte* workspace) {
+    LogSum<P, S>(call, plan, workspace).run(task);
   }
 };
 
