@@ -7,9 +7,21 @@
 
 namespace fae::cpu {
 
+// What a range of keys contributes to the rows of one K/V head, to be merged by core/partial.h.
+template <class Real>
+struct KeySplit {
+  Real* max;  // [block_q], natural logarithm
+  Real* sum;  // [block_q]
+  Real* acc;  // [block_q][dim_v], unnormalised
+};
+inline size_t key_split_elements(const Problem& p, const Plan& plan) {
+  return size_t(plan.block_q * (p.dim_v + 2));
+}
+
+// With several ranges of keys, `parts` takes what task t contributes, at t * key_split_elements().
 struct ForwardKernel {
   size_t (*workspace)(const ForwardCall&, const Plan&);  // bytes per worker
-  void (*run)(const ForwardCall&, const Plan&, int64_t task, std::byte* workspace);
+  void (*run)(const ForwardCall&, const Plan&, int64_t task, std::byte* parts, std::byte* workspace);
 };
 
 // dq: running sums of one K/V head's query gradients; dkv: sums of one block's dK and dV,

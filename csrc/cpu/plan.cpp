@@ -30,6 +30,34 @@ int64_t advised(int64_t advice, int64_t each, int64_t step) {
   return round_up(std::min(advice, fitting(kMostAdvisedBytes, each, step, kMostAdvised)), step);
 }
 
+// Few rows are multiplied with keys as they lie in memory (kernel/direct.h), in blocks that stay in the first
+// level of the cache, and by ranges of keys where there are few heads: their number comes from the
+// problem alone, as a row's rounding depends on it.
+constexpr int64_t kDirectRows = 8;
+constexpr int64_t kDirectBytes = 16 << 10;
+constexpr int64_t kFewestSplitKeys = 1024;
+constexpr int64_t kEnoughSplits = 16;
+
+bool wants_direct(const Problem& p, const Advice& advice) {
+  return p.packed_rows() <= kDirectRows && p.k.stride[3] == 1 && p.v.stride[3] == 1 &&
+         !advice.batch_invariant && advice.block_q == 0 && advice.block_kv == 0;
+}
+
+void plan_direct(const Problem& p, const KernelInfo& info, const Advice& advice, Plan* plan) {
+  const int64_t units = p.batch * p.heads_kv;
+  plan->direct = true;
+  plan->block_q = p.packed_rows();
+  plan->block_kv = std::min(fitting(kDirectBytes, std::max(p.dim, p.dim_v) * size_of(p.dtype), 64, 256),
+                            round_up(std::max<int64_t>(p.seq_kv, 1), 64));
+  plan->splits = advice.splits > 0
+                     ? std::min(advice.splits, ceil_div(std::max<int64_t>(p.seq_kv, 1), plan->block_kv))
+                     : std::clamp<int64_t>(p.seq_kv / kFewestSplitKeys, 1, ceil_div(kEnoughSplits, units));
+  plan->split_keys = round_up(ceil_div(p.seq_kv, plan->splits), plan->block_kv);
+  plan->tasks = units * plan->splits;
+  if (plan->splits > 1)
+    plan->shared_bytes = size_t(plan->tasks) * key_split_elements(p, *plan) * size_t(info.accumulator_bytes);
+}
+
 // (query, key) pairs that band and lengths leave visible, over all batches and heads.
 double visible_pairs(const Problem& p) {
   double pairs = 0;
@@ -74,6 +102,14 @@ Plan begin_plan(const Problem& p, Isa isa, const KernelInfo& info) {
   return plan;
 }
 
+Plan with_workspace(Plan plan, const Problem& p, const DTypeKernels& kernels) {
+  plan.threads = int(std::min<int64_t>(plan.threads, plan.tasks));
+  ForwardCall call;
+  call.problem = p;
+  plan.worker_bytes = kernels.forward.workspace(call, plan);
+  return plan;
+}
+
 }  // namespace
 
 Plan plan_forward(const Problem& p, Isa isa, int threads, const Advice& advice) {
@@ -95,6 +131,10 @@ Plan plan_forward(const Problem& p, Isa isa, int threads, const Advice& advice) 
     plan.block_q = info.register_rows;
     return plan;
   }
+  if (wants_direct(p, advice)) {
+    plan_direct(p, info, advice, &plan);
+    return with_workspace(plan, p, kernels);
+  }
   // Several tasks per thread, so that causal masks balance, unless they become so short
   // that packing the keys shows.
   const int64_t most = fitting(kRowBytes, row_bytes, info.register_rows, 768);
@@ -107,11 +147,7 @@ Plan plan_forward(const Problem& p, Isa isa, int threads, const Advice& advice) 
         std::min(advised(advice.block_q, row_bytes, info.register_rows), round_up(rows, info.register_rows));
   }
   plan.tasks = units * ceil_div(rows, plan.block_q);
-  plan.threads = int(std::min<int64_t>(plan.threads, plan.tasks));
-  ForwardCall call;
-  call.problem = p;
-  plan.worker_bytes = kernels.forward.workspace(call, plan);
-  return plan;
+  return with_workspace(plan, p, kernels);
 }
 
 Plan plan_backward(const Problem& p, Isa isa, int threads, const Advice& advice) {

@@ -127,6 +127,8 @@ py::dict plan_call(const py::dict& desc, const py::object& isa, int threads, boo
   result["block_kv"] = plan.block_kv;
   result["tasks"] = plan.tasks;
   result["chunks"] = plan.chunks;
+  result["packs_keys"] = !plan.direct;
+  result["splits"] = plan.splits;
   result["threads"] = plan.threads;
   result["worker_bytes"] = plan.worker_bytes;
   result["shared_bytes"] = plan.shared_bytes;
