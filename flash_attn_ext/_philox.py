@@ -1,9 +1,9 @@
 """Which probabilities a dropout keeps: a function of the seed and of where the probability stands, alone.
 
-Philox4x32 with 7 rounds (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011) in plain torch
-operations. `rng_state` is (seed, offset), two int64 read as unsigned. Encrypting the offset under the seed gives
-the key of a call; under that, the counter (c, i, h, b) gives the words of keys 4 c .. 4 c + 3 of query i, head h,
-batch b. A probability is kept where its word reaches the threshold.
+Philox4x32 with 7 rounds (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011) in plain
+torch operations. `rng_state` is (seed, offset), two int64 read as unsigned. Encrypting the offset under the
+seed gives the key of a call; under that, the counter (c, i, h, b) gives the words of keys 4 c .. 4 c + 3 of
+query i, head h, batch b. A probability is kept where its word reaches the threshold.
 """
 
 from __future__ import annotations
