@@ -97,6 +97,21 @@ def pytest_generate_tests(metafunc):
 EMULATED_WORK = 6_000_000
 
 
+def serves(target: Target | None, case) -> bool:
+    """Whether the target has the features of a case."""
+    if not getattr(case, "is_extended", False) or target is None:
+        return True
+    if target.backend == "cpu":  # MERGE
+        return fae.ops.KERNELS_EXTENDED is not None
+    return not target.on_cuda_kernels
+
+
+def _is_served(item) -> bool:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    targets = (parameters.get(name) for name in ("target", "any_target", "cpu_target"))
+    return all(serves(target, parameters.get("case")) for target in targets)
+
+
 def _is_for_emulator(item) -> bool:
     """Whether a test on the emulator is small enough and has a dtype that the kernels know."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
@@ -113,7 +128,8 @@ def _is_for_emulator(item) -> bool:
 
 def pytest_collection_modifyitems(config, items):
     slow = config.getoption("--slow") or "slow" in (config.option.markexpr or "")
-    chosen = [item for item in items if (slow or "slow" not in item.keywords) and _is_for_emulator(item)]
+    chosen = [item for item in items if (slow or "slow" not in item.keywords) and _is_served(item)]
+    chosen = [item for item in chosen if _is_for_emulator(item)]
     if len(chosen) < len(items):
         kept = set(chosen)
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
