@@ -66,6 +66,8 @@ CPU_TARGETS = [Target("cpu", isa) for isa in reversed(_C.cpu_isas())]
 PORTABLE = Target("portable")
 STANDARD = Target("standard")
 TARGETS = [*CPU_TARGETS, PORTABLE]
+# Those that serve what the plain operators do not know.
+EXTENDED_TARGETS = [*(CPU_TARGETS if fae.ops.KERNELS_EXTENDED else []), PORTABLE]  # MERGE
 EMULATED = Target("cuda_emulated")
 CARD = Target("cuda")
 # Why there is no card to test on: an empty text where there is one.
@@ -101,9 +103,7 @@ def serves(target: Target | None, case) -> bool:
     """Whether the target has the features of a case."""
     if not getattr(case, "is_extended", False) or target is None:
         return True
-    if target.backend == "cpu":  # MERGE
-        return fae.ops.KERNELS_EXTENDED is not None
-    return not target.on_cuda_kernels
+    return target in (*EXTENDED_TARGETS, STANDARD)
 
 
 def _is_served(item) -> bool:
@@ -189,6 +189,12 @@ def any_target(request, monkeypatch, steady) -> Target:
 @pytest.fixture(params=CPU_TARGETS, ids=lambda t: t.name)
 def cpu_target(request, monkeypatch, steady) -> Target:
     """Each instruction set of the machine."""
+    return _activate(request, monkeypatch)
+
+
+@pytest.fixture(params=EXTENDED_TARGETS, ids=lambda t: t.name)
+def extended_target(request, monkeypatch, steady) -> Target:
+    """As `target`, for calls of the extended operators."""
     return _activate(request, monkeypatch)
 
 
