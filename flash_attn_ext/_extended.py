@@ -58,9 +58,11 @@ def attention(
     if packing is None and any(isinstance(t, Tensor) and t.is_nested for t in (q, k, v)):
         return _nested.attention(q, k, v, arguments, _attend_packed)
     mask = None if isinstance(a.mask, Mask) else a.mask
-    tensors = (mask, a.bias, a.kv_lengths, a.out, a.alibi_slopes, a.sinks, *(packing or ())[:2])
+    tensors = (mask, a.bias, a.kv_lengths, a.out, a.alibi_slopes, a.sinks)
     checked = (tensors, a.layout, a.causal, a.scale, a.softcap, a.config)
     check_types(q, k, v, *checked)
+    for name, cu_seqlens in zip(Packing._fields[:2], packing or (), strict=False):
+        _errors.check_tensor(name, cu_seqlens)
     if a.deterministic is not None and not isinstance(a.deterministic, bool):
         raise TypeError(f"deterministic must be a bool or None, got {a.deterministic!r}")
     check_dropout(a.dropout_p)

@@ -112,4 +112,4 @@ def check_types(
         raise TypeError(f"config must be an AttentionConfig or None, got {type(config).__name__}")
 
 
-_TENSORS = ("mask", "bias", "kv_lengths", "out", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
+_TENSORS = ("mask", "bias", "kv_lengths", "out", "alibi_slopes", "sinks")
