@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _cuda
+from . import _cuda, ops
 from ._errors import choice
 
 if TYPE_CHECKING:
@@ -113,12 +113,14 @@ class Request(NamedTuple):
     dtype: torch.dtype
     dim: int  # the larger of q's and v's; 0 is unknown
     batch_invariant: bool
+    features: tuple[str, ...] = ()  # of `Options.features`
 
     @classmethod
-    def of(cls, q: Tensor, v: Tensor, batch_invariant: bool) -> Request:
+    def of(cls, q: Tensor, v: Tensor, batch_invariant: bool, features: tuple[str, ...] = ()) -> Request:
         """While torch traces, a size may be a symbol, and the choice must not depend on it."""
         sized = not torch.compiler.is_compiling() and q.dim() and v.dim()
-        return cls(q.device, q.dtype, max(q.shape[-1], v.shape[-1]) if sized else 0, batch_invariant)
+        dim = max(q.shape[-1], v.shape[-1]) if sized else 0
+        return cls(q.device, q.dtype, dim, batch_invariant, features)
 
 
 def objections(backend: str, request: Request) -> list[str]:
@@ -127,8 +129,11 @@ def objections(backend: str, request: Request) -> list[str]:
     device = request.device
     if backend in _cuda.BACKENDS:
         reasons += _cuda.objections(backend, device, request.dtype, request.dim)
+        reasons += [f"its kernels do not know {feature} yet" for feature in request.features]
     if backend == "cpu" and device.type != "cpu":
         reasons.append(f"its kernels run on the CPU, q is on {device.type}")
+    if backend == "cpu" and request.features and ops.KERNELS_EXTENDED is None:  # MERGE
+        reasons.append("the extended operators are missing in this build")
     if backend == "standard" and request.batch_invariant:
         reasons.append("batch_invariant=True: one large product may round differently at another size")
     return reasons
@@ -163,7 +168,8 @@ def preferred(request: Request) -> tuple[str, list[str]]:
     """What "auto" takes, and why nothing better."""
     kind = request.device.type
     if kind in ("cpu", "meta"):
-        return "cpu", []
+        reasons = objections("cpu", request._replace(device=torch.device("cpu")))
+        return ("portable" if reasons else "cpu"), reasons
     if kind != "cuda":
         return "portable", [f"there are no kernels for device {kind!r} in this build"]
     reasons = objections("cuda", request)
