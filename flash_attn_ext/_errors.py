@@ -67,6 +67,13 @@ def _describe(tensor: torch.Tensor | None, with_address: bool) -> tuple | None:
     return (*place, tensor.data_ptr()) if with_address else place
 
 
+def _is_readable(tensor: torch.Tensor | None) -> bool:
+    """Whether the validator may look at the values."""
+    return (
+        isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
+    )
+
+
 def call_desc(q, k, v, options: Options, out: torch.Tensor | None = None) -> dict:
     """The call in the form that `_C.validate` and `_C.plan` read."""
     named = {"q": q, "k": k, "v": v, "out": out} | {name: getattr(options, name) for name in PLAIN_TENSORS}
@@ -74,12 +81,12 @@ def call_desc(q, k, v, options: Options, out: torch.Tensor | None = None) -> dic
     if options.is_extended():
         named |= {name: getattr(options, name) for name in EXTENDED_TENSORS}
         numbers = {name: getattr(options, name) for name in EXTENDED_NUMBERS}
-        # MERGE: a _C that does not know the extended options would refuse what they make legal.
-        if not hasattr(torch.ops.flash_attn_ext, "attention_extended"):
-            named |= dict.fromkeys(PLAIN_TENSORS)
     # Addresses tell whether `out` overlaps an input. A tensor that is being traced has none.
     with_address = out is not None and out.device.type != "meta" and not isinstance(out, FakeTensor)
-    desc: dict = {name: _describe(tensor, with_address) for name, tensor in named.items()}
+    desc: dict = {
+        name: _describe(tensor, with_address or (name.startswith("cu_seqlens") and _is_readable(tensor)))
+        for name, tensor in named.items()
+    }
     desc.update(
         layout=options.layout,
         causal=options.causal,

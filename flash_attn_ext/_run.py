@@ -75,7 +75,8 @@ def own_arguments(
     """What a backend's operators want to be told beyond the options: their last arguments."""
     blocks = dispatch.blocks(name, config, batch_invariant)
     if name == "cpu":
-        return (False, False, *blocks) if any(blocks) else ()
+        advice = (*blocks, config.num_splits or 0, batch_invariant)
+        return (False, False, *advice) if any(advice) else ()
     if name in _cuda.BACKENDS:
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _cuda, ops
+from . import _cuda
 from ._errors import choice
 
 if TYPE_CHECKING:
@@ -132,8 +132,6 @@ def objections(backend: str, request: Request) -> list[str]:
         reasons += [f"its kernels do not know {feature} yet" for feature in request.features]
     if backend == "cpu" and device.type != "cpu":
         reasons.append(f"its kernels run on the CPU, q is on {device.type}")
-    if backend == "cpu" and request.features and ops.KERNELS_EXTENDED is None:  # MERGE
-        reasons.append("the extended operators are missing in this build")
     if backend == "standard" and request.batch_invariant:
         reasons.append("batch_invariant=True: one large product may round differently at another size")
     return reasons
@@ -168,8 +166,7 @@ def preferred(request: Request) -> tuple[str, list[str]]:
     """What "auto" takes, and why nothing better."""
     kind = request.device.type
     if kind in ("cpu", "meta"):
-        reasons = objections("cpu", request._replace(device=torch.device("cpu")))
-        return ("portable" if reasons else "cpu"), reasons
+        return "cpu", []
     if kind != "cuda":
         return "portable", [f"there are no kernels for device {kind!r} in this build"]
     reasons = objections("cuda", request)
@@ -177,7 +174,7 @@ def preferred(request: Request) -> tuple[str, list[str]]:
 
 
 # What of a config's advice a backend takes; the others take none.
-_ADVICE = {"cpu": ("block_q", "block_kv"), "portable": ("block_q", "block_kv")}
+_ADVICE = {"cpu": ("block_q", "block_kv", "num_splits"), "portable": ("block_q", "block_kv")}
 
 
 def blocks(name: str, config: AttentionConfig, batch_invariant: bool) -> tuple[int, int]:

@@ -50,7 +50,11 @@ void merge_splits(const ForwardCall& call, const Plan& plan, const Real* parts, 
     for (int64_t c = 0; c < p.dim_v; ++c)
       store_from_double(call.out.data, p.dtype, at + c * call.out.stride[3], double(acc[size_t(c)] * scale));
     if (call.lse.present()) {
-      const SoftmaxState<double> wide{double(state.max), double(state.sum)};
+      SoftmaxState<double> wide{double(state.max), double(state.sum)};
+      if (p.score.sinks.present() && state.sum == 1) {
+        const double sink = p.score.sinks.at(b, head);
+        if (state.max == Real(sink)) wide.max = sink;
+      }
       store_from_double(call.lse.data, lse_dtype(p.dtype), call.lse.index(b, head, query), log_sum_exp(wide));
     }
   }

@@ -42,6 +42,8 @@ Options take_options(Arguments& arguments, Family family, Direction direction) {
   o.run.tf32 = arguments.boolean();
   o.run.block_q = arguments.integer();
   o.run.block_kv = arguments.integer();
+  o.run.num_splits = arguments.integer();
+  o.run.batch_invariant = arguments.boolean();
   return o;
 }
 

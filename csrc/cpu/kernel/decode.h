@@ -92,7 +92,10 @@ class Decode : private ForwardRows<P, S> {
   void leave_rows(Real* at) const {
     const KeySplit<Real> part{at, at + plan_.block_q, at + 2 * plan_.block_q};
     for (int64_t i = 0; i < row_end_ - row_begin_; ++i) {
-      part.max[i] = max_[i] * scale_.natural;
+      // In the merge a sink alone is to remain what it is.
+      const bool sunk = p_.score.sinks.present() && sum_[i] == 1;
+      const Real sink = sunk ? Real(p_.score.sinks.at(b_, this->row(i).head)) : Real(0);
+      part.max[i] = sunk && max_[i] == sink / scale_.natural ? sink : max_[i] * scale_.natural;
       part.sum[i] = sum_[i];
       for (int64_t c = 0; c < p_.dim_v; ++c) part.acc[i * p_.dim_v + c] = acc_[i * dim_v_padded_ + c];
     }

@@ -55,6 +55,8 @@ class ForwardRows {
     return visible_keys(sequence_.band, sequence_.kv_length, row_begin_ / group, (row_end_ - 1) / group + 1);
   }
 
+  // Row i of the task.
+  RowRef row(int64_t i) const { return row_ref(row_begin_ + i, head_kv_, p_.group()); }
   SourceRows<S> rows_of(const View4& x, int64_t head, int64_t row) const {
     return {static_cast<const S*>(x.data) + x.offset(b_, head, row), x.stride[2], x.stride[3]};
   }
@@ -101,8 +103,14 @@ class ForwardRows {
       }
       if (call_.lse.present()) {
         using Lse = typename LseType<S>::Type;
-        static_cast<Lse*>(call_.lse.data)[call_.lse.index(b_, ref.head, query)] =
-            sum_[i] == 0 ? Lse(-__builtin_inf()) : Lse(max_[i]) * Lse(scale_.natural) + log_of(Lse(sum_[i]));
+        Lse lse = sum_[i] == 0 ? Lse(-__builtin_inf())
+                               : Lse(max_[i]) * Lse(scale_.natural) + log_of(Lse(sum_[i]));
+        // A sink alone is the log-sum-exp, to the bit.
+        if (p_.score.sinks.present()) {
+          const Lse sink = Lse(p_.score.sinks.at(b_, ref.head));
+          if (sum_[i] == 1 && max_[i] == Real(sink) / scale_.natural) lse = sink;
+        }
+        static_cast<Lse*>(call_.lse.data)[call_.lse.index(b_, ref.head, query)] = lse;
       }
     }
   }
