@@ -44,26 +44,29 @@ def _save(ctx, operators: ops.Operators, inputs: tuple, output: tuple[Tensor, Te
 def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, offset: int = 0) -> tuple[Tensor | None, ...]:
     """One gradient or None for each argument of the forward operator, which stand `offset` places later
     among what the autograd function was given."""
-    operators, rest = ctx.operators, ctx.rest
+    operators, rest, needed = ctx.operators, ctx.rest, ctx.needs_input_grad
     family = operators.family
-    q, k, v, *tensors, out, lse = ctx.saved_tensors
+    saved = ctx.saved_tensors
+    q, k, v = saved[:3]
+    out, lse = saved[-2:]
     numbers = family.return_lse - family.first_number
-    options = (*tensors, *rest[:numbers])
+    options = saved[3:-2] + rest[:numbers]
     own = rest[numbers + 1 :]
     if not rest[numbers]:
         lse = operators.forward(q, k, v, *options, True, *own)[1]
         dlse = None
     if dout is None:
         dout = torch.zeros_like(out)
-    needs = [ctx.needs_input_grad[place + offset] for place in family.places]
+    needs = [needed[place + offset] for place in family.places]
     grads = operators.backward(dout, dlse, q, k, v, out, lse, *options, *needs, *own)
     if torch.is_grad_enabled():  # create_graph: whoever differentiates these gradients is told
-        sources = (dout, q, k, v, *(tensors[place - 3] for place in family.places))
+        sources = (dout, q, k, v, *(saved[place] for place in family.places))
         grads = _RefuseSecondOrder.apply(len(grads), *(g.detach() for g in grads), *sources)
-    result = [None] * offset + [*grads[:3]] + [None] * (len(tensors) + len(rest))
-    for place, need, grad in zip(family.places, needs, grads[3:], strict=True):
-        if need:
-            result[place + offset] = grad
+    result: list[Tensor | None] = [None] * (offset + len(saved) - 2 + len(rest))
+    result[offset : offset + 3] = grads[:3]
+    for n, place in enumerate(family.places):
+        if needs[n]:
+            result[place + offset] = grads[3 + n]
     return tuple(result)
 
 
