@@ -70,7 +70,9 @@ def _describe(tensor: torch.Tensor | None, with_address: bool) -> tuple | None:
 def _is_readable(tensor: torch.Tensor | None) -> bool:
     """Whether the validator may look at the values."""
     return (
-        isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
+        isinstance(tensor, torch.Tensor)
+        and tensor.device.type == "cpu"
+        and not isinstance(tensor, FakeTensor)
     )
 
 

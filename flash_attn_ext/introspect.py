@@ -9,8 +9,8 @@ from torch import Tensor
 
 from . import _C, _cuda, _errors, dispatch
 from ._extended import Arguments, check_dropout, options_of
-from ._problem import LAYOUTS, heads_first, lse_dtype
-from ._windows import CAUSAL
+from ._problem import heads_first, lse_dtype
+from ._run import check_types
 from .config import AttentionConfig
 from .masks import Mask
 from .portable import tile_shape
@@ -124,10 +124,10 @@ def explain(
         >>> q = torch.empty(1, 4096, 8, 64, device="meta")
         >>> print(explain(q, q, q, causal=True))
     """
-    for name, tensor in {"q": q, "k": k, "v": v}.items():
-        _errors.check_tensor(name, tensor)
+    dense = None if isinstance(mask, Mask) else mask
+    tensors = (dense, bias, kv_lengths, out, alibi_slopes, sinks)
+    check_types(q, k, v, tensors, layout, causal, scale, softcap, config)
     config = config or AttentionConfig()
-    _errors.choice("layout", layout, LAYOUTS), _errors.choice("causal", causal, CAUSAL)
     check_dropout(dropout_p)
     arguments = Arguments(
         causal, scale, layout, mask, bias, window, softcap, alibi_slopes, sinks, kv_lengths, dropout_p
@@ -142,7 +142,8 @@ def explain(
     if desc["kv_lengths"] is not None and lengths.device.type == "cpu":
         desc["kv_lengths"] += (lengths.data_ptr(),)  # the plan counts the work that they leave
     blocks = dispatch.blocks(chosen, config, batch_invariant)
-    native = _C.plan(desc, None, threads, backward, *blocks)
+    splits = config.num_splits or 0
+    native = _C.plan(desc, None, threads, backward, *blocks, splits, batch_invariant)
     rejected = {}
     for name in dispatch.BACKENDS:
         if name not in ("auto", chosen):
@@ -154,7 +155,7 @@ def explain(
     elif chosen != "cpu":
         heads_of = (heads_first(t, options.layout) for t in (q, k))
         native |= _plan_by_torch(chosen, *heads_of, blocks)
-    own = {"backend": chosen, "splits": native["chunks"], "rejected": rejected}
+    own = {"backend": chosen, "splits": native["chunks"] * native["splits"], "rejected": rejected}
     own |= {f.name: native[f.name] for f in fields(Plan) if f.name in native and f.name not in own}
     return Plan(**own)
 
@@ -193,6 +194,7 @@ def _plan_by_torch(name: str, q: Tensor, k: Tensor, blocks: tuple[int, int]) -> 
         "block_q": block_q,
         "block_kv": block_kv,
         "chunks": 1,
+        "splits": 1,
         "tasks": tasks,
         "threads": torch.get_num_threads(),
         # Scores and probabilities of one tile exist together.

@@ -67,7 +67,7 @@ PORTABLE = Target("portable")
 STANDARD = Target("standard")
 TARGETS = [*CPU_TARGETS, PORTABLE]
 # Those that serve what the plain operators do not know.
-EXTENDED_TARGETS = [*(CPU_TARGETS if fae.ops.KERNELS_EXTENDED else []), PORTABLE]  # MERGE
+EXTENDED_TARGETS = [*CPU_TARGETS, PORTABLE]
 EMULATED = Target("cuda_emulated")
 CARD = Target("cuda")
 # Why there is no card to test on: an empty text where there is one.

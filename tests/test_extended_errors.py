@@ -9,11 +9,6 @@ from test_errors import ANY, Wrong, expect, valid, zeros
 import flash_attn_ext as fae
 from flash_attn_ext.masks import BlockSparseMask
 
-# MERGE: until the validator knows the extended options.
-pytestmark = pytest.mark.skipif(
-    fae.ops.KERNELS_EXTENDED is None, reason="the validator does not know them yet"
-)
-
 
 def blocks(*shape, block_q=2, block_kv=4):
     return BlockSparseMask(zeros(*shape, dtype=torch.bool), block_q, block_kv)

@@ -37,22 +37,22 @@ std::optional<CallError> check_starts(const Named& t, const Named& rows, int64_t
   if (!x.data || std::strcmp(x.device, "cpu") != 0) return std::nullopt;  // kernels stay within q and k
   const Integers starts{x.data, x.stride[0], x.dtype == DType::kInt64};
   const auto entry = [&](int64_t b) {
-    return std::string(t.name) + "[" + std::to_string(b) + "] is " + std::to_string(starts.at(b));
+    return "entry " + std::to_string(b) + " is " + std::to_string(starts.at(b));
   };
-  if (starts.at(0) != 0) return value_error(entry(0) + ", but must be 0");
+  const std::string name = t.name;
+  if (starts.at(0) != 0) return value_error(name + " must start with 0, but " + entry(0));
   const int64_t last = x.shape[0] - 1, total = rows.tensor->shape[0];
   for (int64_t b = 1; b <= last; ++b) {
     const int64_t length = starts.at(b) - starts.at(b - 1);
-    if (length < 0) {
-      return value_error(entry(b) + ", less than the entry before it, " + std::to_string(starts.at(b - 1)));
-    }
+    if (length < 0) return value_error(name + " must not decrease, but " + entry(b - 1) + " and " + entry(b));
     if (starts.at(b) > total) {
-      return value_error(entry(b) + ", but must be at most the rows of " + rows.name + ", which has shape " +
+      return value_error(name + " has entries up to " + std::to_string(starts.at(b)) + ", but " + rows.name +
+                         " has only " + std::to_string(total) + " rows: its shape is " +
                          shape_text(*rows.tensor));
     }
     if (max_length >= 0 && length > max_length) {
-      return value_error(std::string(max_name) + " is " + std::to_string(max_length) + ", but sequence " +
-                         std::to_string(b - 1) + " of " + t.name + " has length " + std::to_string(length));
+      return value_error(name + " has a sequence of length " + std::to_string(length) + ", but " + max_name +
+                         " is " + std::to_string(max_length));
     }
   }
   return std::nullopt;

@@ -33,6 +33,7 @@ struct Plan {
   bool direct = false;   // forward of few rows: keys and values are not packed but read where they lie
   int64_t splits = 1;    // then: ranges of keys that work side by side, split_keys each
   int64_t split_keys = 0;
+  int64_t heads_together = 1;  // K/V heads that a task takes through the keys side by side
   int threads = 1;
   size_t worker_bytes = 0;  // workspace of one worker
   size_t shared_bytes = 0;  // workspace shared by all workers

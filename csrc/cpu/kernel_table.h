@@ -18,7 +18,8 @@ inline size_t key_split_elements(const Problem& p, const Plan& plan) {
   return size_t(plan.block_q * (p.dim_v + 2));
 }
 
-// With several ranges of keys, `parts` takes what task t contributes, at t * key_split_elements().
+// With several ranges of keys, `parts` takes what range r contributes to head u of all batches' K/V heads, at
+// (r * heads + u) * key_split_elements().
 struct ForwardKernel {
   size_t (*workspace)(const ForwardCall&, const Plan&);  // bytes per worker
   void (*run)(const ForwardCall&, const Plan&, int64_t task, std::byte* parts, std::byte* workspace);

@@ -37,6 +37,7 @@ constexpr int64_t kDirectRows = 8;
 constexpr int64_t kDirectBytes = 16 << 10;
 constexpr int64_t kFewestSplitKeys = 1024;
 constexpr int64_t kEnoughSplits = 16;
+constexpr int64_t kMostHeadsTogether = 32;
 
 bool wants_direct(const Problem& p, const Advice& advice) {
   return p.packed_rows() <= kDirectRows && p.k.stride[3] == 1 && p.v.stride[3] == 1 &&
@@ -53,9 +54,17 @@ void plan_direct(const Problem& p, const KernelInfo& info, const Advice& advice,
                      ? std::min(advice.splits, ceil_div(std::max<int64_t>(p.seq_kv, 1), plan->block_kv))
                      : std::clamp<int64_t>(p.seq_kv / kFewestSplitKeys, 1, ceil_div(kEnoughSplits, units));
   plan->split_keys = round_up(ceil_div(p.seq_kv, plan->splits), plan->block_kv);
-  plan->tasks = units * plan->splits;
-  if (plan->splits > 1)
-    plan->shared_bytes = size_t(plan->tasks) * key_split_elements(p, *plan) * size_t(info.accumulator_bytes);
+  // Of no influence on any result, so threads may count: three tasks each.
+  if (p.k.stride[1] < p.k.stride[2]) {
+    const int64_t fewest = 3 * plan->threads, others = p.batch * plan->splits;
+    plan->heads_together = std::clamp<int64_t>(p.heads_kv / std::max<int64_t>(1, ceil_div(fewest, others)), 1,
+                                               kMostHeadsTogether);
+  }
+  plan->tasks = p.batch * ceil_div(p.heads_kv, plan->heads_together) * plan->splits;
+  if (plan->splits > 1) {
+    plan->shared_bytes =
+        size_t(units * plan->splits) * key_split_elements(p, *plan) * size_t(info.accumulator_bytes);
+  }
 }
 
 // (query, key) pairs that band and lengths leave visible, over all batches and heads.

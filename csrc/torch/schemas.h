@@ -28,8 +28,8 @@ inline const std::string kExtendedOptions =
     "float dropout_p, int mask_block_q, int mask_block_kv, int max_seqlen_q, int max_seqlen_k";
 
 // For CUDA, deterministic: the gradients, bitwise from run to run; tf32: one TF32 product for fp32
-// instead of three. For the CPU: advice on tile sizes and on the ranges that few rows' keys are cut into, 0 for
-// none, and whether a row's result must not depend on how many rows come with it.
+// instead of three. For the CPU: advice on tile sizes and on the ranges that few rows' keys are cut into, 0
+// for none, and whether a row's result must not depend on how many rows come with it.
 inline const std::string kAdvice =
     ", bool deterministic=False, bool tf32=False, int block_q=0, int block_kv=0, int num_splits=0, "
     "bool batch_invariant=False";

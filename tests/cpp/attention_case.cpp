@@ -190,7 +190,8 @@ void Case::add_extras(uint32_t seed) {
   };
   if (s.alibi) {
     p.score.alibi = per_head(&slopes, &dalibi, s.alibi_per_batch);
-    slopes.fill_normal(seed + 7, 0.2);
+    // Scores of a size that fp32 holds well.
+    slopes.fill_normal(seed + 7, std::min(0.2, 16.0 / double(s.seq_kv)));
   }
   if (s.sinks) {
     p.score.sinks = per_head(&sinks, &dsinks, false);

@@ -98,6 +98,35 @@ inline const std::vector<CaseSpec>& extended_cases() {
       s.mask_block_kv = 9;
       s.kv_lengths = {67, 30};
     });
+    // Few rows: several heads through the keys together, by ranges of keys; masks, hidden ends, values of
+    // 1024.
+    for (Layout layout : {Layout::kBshd, Layout::kBhsd}) {
+      const bool heads_first = layout == Layout::kBhsd;
+      add(shape(heads_first ? "decode_heads_bhsd" : "decode_heads", 2, 6, 3, 1, 2300, 24, 40),
+          [=](CaseSpec& s) {
+            s.layout = layout;
+            s.sinks = true;
+          });
+      add(shape(heads_first ? "decode_all_bhsd" : "decode_all", 1, 6, 3, 3, 2200, 16, 72), [=](CaseSpec& s) {
+        s.layout = layout;
+        s.causal = Causal::kBottomRight;
+        s.alibi = s.sinks = true;
+        s.dropout_p = 0.2;
+        s.intervals = 1;
+        s.mask = Extent::kPerBatch;
+        s.kv_lengths = {1100};
+      });
+    }
+    add(shape("decode_wide", 1, 7, 1, 1, 150, 129, 131), [](CaseSpec& s) { s.window_left = 100; });
+    add(shape("decode_packed", 1, 4, 2, 1, 1, 16, 24), [](CaseSpec& s) {
+      s.batch = 4;
+      s.starts_q = {0, 1, 1, 3, 4};
+      s.starts_kv = {0, 70, 90, 1400, 1400};
+      s.seq_q = 2;
+      s.seq_kv = 1310;
+      s.sinks = true;
+      s.causal = Causal::kBottomRight;
+    });
     // Several blocks of keys, rows in chunks.
     add(shape("chunks", 1, 2, 1, 420, 410, 16, 24), [](CaseSpec& s) {
       s.causal = Causal::kBottomRight;

@@ -1,7 +1,8 @@
 // Forward attention of few query rows (decoding): keys and values are read once, where they lie.
 //
-// One task = all packed rows of one K/V head against all keys, or against one of several ranges of them,
-// whose results are then merged (flash-decoding; forward.cpp).
+// One task = all packed rows of some K/V heads of a batch against all keys, or against one of several ranges
+// of them, whose results are then merged (flash-decoding; forward.cpp). Heads that lie side by side
+// in memory go through the keys together, block by block, so that memory is read in its order.
 #pragma once
 
 #include "cpu/kernel/direct.h"
@@ -22,7 +23,7 @@ class Decode : private ForwardRows<P, S> {
 
  public:
   Decode(const ForwardCall& call, const Plan& plan, std::byte* base)
-      : Base(call, plan, base, round_up(call.problem.dim, Products::kChunk)) {
+      : Base(call, plan, base, round_up(call.problem.dim, Products::kChunk), plan.heads_together) {
     scores_ = arena_.template take<Real>(kDirectRows * plan.block_kv);
     before_ = arena_.template take<Real>(kDirectRows * dim_v_padded_);
   }
@@ -30,9 +31,12 @@ class Decode : private ForwardRows<P, S> {
 
   // parts: with several ranges of keys, where each leaves its share; see KeySplit.
   void run(int64_t task, std::byte* parts) {
-    const int64_t units = p_.batch * p_.heads_kv, unit = task % units, split = task / units;
-    if (!this->select(unit, 0)) return;
-    this->load_queries(split == 0);
+    const int64_t groups = (p_.heads_kv + plan_.heads_together - 1) / plan_.heads_together;
+    const int64_t first = task % groups * plan_.heads_together, b = task / groups % p_.batch;
+    const int64_t left = p_.heads_kv - first, split = task / groups / p_.batch;
+    const int64_t heads = left < plan_.heads_together ? left : plan_.heads_together;
+    if (!this->select(b * p_.heads_kv + first, 0)) return;
+    for_each_head(heads, [&] { this->load_queries(split == 0); });
     KeyRange keys = this->keys_of_task();
     if (plan_.splits > 1) {
       const int64_t begin = split * plan_.split_keys, end = begin + plan_.split_keys;
@@ -40,13 +44,26 @@ class Decode : private ForwardRows<P, S> {
       if (keys.end > end) keys.end = end;
     }
     for (int64_t k = keys.begin / 4 * 4; k < keys.end; k += plan_.block_kv) {
-      attend_block(k, k + plan_.block_kv < keys.end ? k + plan_.block_kv : keys.end);
+      const int64_t end = k + plan_.block_kv < keys.end ? k + plan_.block_kv : keys.end;
+      for_each_head(heads, [&] { attend_block(k, end); });
     }
-    if (plan_.splits == 1) this->store_rows();
-    else leave_rows(reinterpret_cast<Real*>(parts) + task * plan_.block_q * (p_.dim_v + 2));
+    for_each_head(heads, [&] {
+      const int64_t part = split * p_.batch * p_.heads_kv + b * p_.heads_kv + head_kv_;
+      if (plan_.splits == 1) this->store_rows();
+      else leave_rows(reinterpret_cast<Real*>(parts) + part * plan_.block_q * (p_.dim_v + 2));
+    });
   }
 
  private:
+  template <class Fn>
+  FAE_INLINE void for_each_head(int64_t heads, Fn&& fn) {
+    for (int64_t i = 0; i < heads; ++i) {
+      fn();
+      this->move(1);
+    }
+    this->move(-heads);
+  }
+
   void attend_block(int64_t k_begin, int64_t k_end) {
     const int rows = int(row_end_ - row_begin_);
     RowRef refs[kDirectRows];

@@ -19,8 +19,10 @@ class ForwardRows {
   using Operand = typename P::Operand;
   static constexpr Real kInfinity = Real(__builtin_inf());
 
-  // dim_padded: operands of a query row, as the product of queries and keys wants them.
-  ForwardRows(const ForwardCall& call, const Plan& plan, std::byte* base, int64_t dim_padded)
+  // dim_padded: operands of a query row, as the product of queries and keys wants them. slots: heads whose
+  // rows are kept side by side.
+  ForwardRows(const ForwardCall& call, const Plan& plan, std::byte* base, int64_t dim_padded,
+              int64_t slots = 1)
       : call_(call),
         p_(call.problem),
         plan_(plan),
@@ -28,10 +30,10 @@ class ForwardRows {
         arena_(base),
         dim_padded_(dim_padded),
         dim_v_padded_(round_up(call.problem.dim_v, V::kWidth)) {
-    q_ = arena_.take<Operand>(plan.block_q * dim_padded_);
-    acc_ = arena_.take<Real>(plan.block_q * dim_v_padded_);
-    max_ = arena_.take<Real>(plan.block_q);
-    sum_ = arena_.take<Real>(plan.block_q);
+    q_ = arena_.take<Operand>(slots * plan.block_q * dim_padded_);
+    acc_ = arena_.take<Real>(slots * plan.block_q * dim_v_padded_);
+    max_ = arena_.take<Real>(slots * plan.block_q);
+    sum_ = arena_.take<Real>(slots * plan.block_q);
     scratch_ = arena_.take<Real>(plan.block_kv);
     if (p_.dropout.present()) {
       keep_ = arena_.take<Real>(DropoutRow::room(plan.block_kv));
@@ -55,6 +57,14 @@ class ForwardRows {
     return visible_keys(sequence_.band, sequence_.kv_length, row_begin_ / group, (row_end_ - 1) / group + 1);
   }
 
+  // Goes `slots` heads on, with their rows.
+  void move(int64_t slots) {
+    head_kv_ += slots;
+    q_ += slots * plan_.block_q * dim_padded_;
+    acc_ += slots * plan_.block_q * dim_v_padded_;
+    max_ += slots * plan_.block_q;
+    sum_ += slots * plan_.block_q;
+  }
   // Row i of the task.
   RowRef row(int64_t i) const { return row_ref(row_begin_ + i, head_kv_, p_.group()); }
   SourceRows<S> rows_of(const View4& x, int64_t head, int64_t row) const {
@@ -103,8 +113,8 @@ class ForwardRows {
       }
       if (call_.lse.present()) {
         using Lse = typename LseType<S>::Type;
-        Lse lse = sum_[i] == 0 ? Lse(-__builtin_inf())
-                               : Lse(max_[i]) * Lse(scale_.natural) + log_of(Lse(sum_[i]));
+        Lse lse =
+            sum_[i] == 0 ? Lse(-__builtin_inf()) : Lse(max_[i]) * Lse(scale_.natural) + log_of(Lse(sum_[i]));
         // A sink alone is the log-sum-exp, to the bit.
         if (p_.score.sinks.present()) {
           const Lse sink = Lse(p_.score.sinks.at(b_, ref.head));
