@@ -6,7 +6,7 @@ Example:
     >>> out = flash_attn_ext.flash_attention(q, k, v, causal=True)
 """
 
-from . import autograd, dispatch, fake, ops
+from . import autograd, dispatch, fake, masks, ops
 from . import testing as testing
 from ._C import build_info as _build_info
 from .config import AttentionConfig
@@ -15,6 +15,7 @@ from .functional import flash_attention, merge_states
 from .introspect import MemoryEstimate, Plan, build_info, estimate_memory, explain
 from .nn import Attention, create_attention
 from .sdpa import scaled_dot_product_attention, use_flash_attention
+from .varlen import flash_attention_varlen
 
 __version__: str = _build_info()["version"]
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "estimate_memory",
     "explain",
     "flash_attention",
+    "flash_attention_varlen",
+    "masks",
     "merge_states",
     "scaled_dot_product_attention",
     "set_backend",
@@ -35,6 +38,7 @@ __all__ = [
 ]
 
 dispatch.configure_logging()
-for _operators in (ops.KERNELS, ops.PORTABLE):
-    fake.register(_operators)
-    autograd.register(_operators)
+for _operators in (ops.KERNELS, ops.PORTABLE, ops.KERNELS_EXTENDED, ops.PORTABLE_EXTENDED):
+    if _operators is not None:
+        fake.register(_operators)
+        autograd.register(_operators)

@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _C
+from ._options import EXTENDED_NUMBERS, EXTENDED_TENSORS, PLAIN_TENSORS, Options
 
 _KINDS = {"value": ValueError, "type": TypeError, "not_implemented": NotImplementedError}
 _TAGGED = re.compile(r"\[fae:(\w+)\] (.*)")
@@ -66,22 +67,41 @@ def _describe(tensor: torch.Tensor | None, with_address: bool) -> tuple | None:
     return (*place, tensor.data_ptr()) if with_address else place
 
 
-def call_desc(
-    q, k, v, mask, bias, kv_lengths, layout, causal, window_left, window_right, scale, softcap, out=None
-) -> dict:
+def _is_readable(tensor: torch.Tensor | None) -> bool:
+    """Whether the validator may look at the values."""
+    return (
+        isinstance(tensor, torch.Tensor)
+        and tensor.device.type == "cpu"
+        and not isinstance(tensor, FakeTensor)
+    )
+
+
+def call_desc(q, k, v, options: Options, out: torch.Tensor | None = None) -> dict:
     """The call in the form that `_C.validate` and `_C.plan` read."""
-    named = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "kv_lengths": kv_lengths, "out": out}
+    named = {"q": q, "k": k, "v": v, "out": out} | {name: getattr(options, name) for name in PLAIN_TENSORS}
+    numbers = {}
+    if options.is_extended():
+        named |= {name: getattr(options, name) for name in EXTENDED_TENSORS}
+        numbers = {name: getattr(options, name) for name in EXTENDED_NUMBERS}
     # Addresses tell whether `out` overlaps an input. A tensor that is being traced has none.
     with_address = out is not None and out.device.type != "meta" and not isinstance(out, FakeTensor)
-    desc: dict = {name: _describe(tensor, with_address) for name, tensor in named.items()}
+    desc: dict = {
+        name: _describe(tensor, with_address or (name.startswith("cu_seqlens") and _is_readable(tensor)))
+        for name, tensor in named.items()
+    }
     desc.update(
-        layout=layout, causal=causal, window=(window_left, window_right), scale=scale, softcap=softcap
+        layout=options.layout,
+        causal=options.causal,
+        window=(options.window_left, options.window_right),
+        scale=options.scale,
+        softcap=options.softcap,
+        **numbers,
     )
     return desc
 
 
-def check_call(*arguments, out: torch.Tensor | None = None) -> None:
-    """Raise what the C++ operators would raise for these arguments (those of `call_desc`)."""
-    if error := _C.validate(call_desc(*arguments, out=out)):
+def check_call(q, k, v, options: Options, out: torch.Tensor | None = None) -> None:
+    """Raise what the C++ operators would raise for this call."""
+    if error := _C.validate(call_desc(q, k, v, options, out)):
         kind, text = error
         raise _KINDS[kind](text)

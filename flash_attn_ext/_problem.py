@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ._options import Options
+from ._philox import call_key, keep_tile
 
 LAYOUTS = {"bshd": 0, "bhsd": 1}
 
@@ -65,37 +70,59 @@ class Problem:
     q: Tensor  # (batch, heads_kv, group, seq_q, dim)
     k: Tensor  # (batch, heads_kv, seq_kv, dim)
     v: Tensor  # (batch, heads_kv, seq_kv, dim_v)
-    mask: Tensor | None  # (batch, heads_kv, group, seq_q, seq_kv), bool, True = visible
+    mask: (
+        Tensor | None
+    )  # (batch, heads_kv, group, seq_q, seq_kv), bool, True = visible; or blocks of mask_block
     bias: Tensor | None  # same axes, floating
     kv_lengths: Tensor | None  # (batch, 1, 1, 1, 1)
+    slopes: Tensor | None  # (batch or 1, heads_kv, group, 1, 1)
+    sinks: Tensor | None  # (heads_kv, group, 1, 1)
+    labels: Tensor | None  # (n, batch or 1, 1, 1, seq_q, 1)
+    bounds: Tensor | None  # (n, batch or 1, 1, 1, 1, seq_kv, 2)
+    mask_block: tuple[int, int]
+    shift: int  # query i stands at the place of key i + shift
     lowest: int | None  # query i sees keys in [i + lowest, i + highest]; None is unbounded
     highest: int | None
     scale: float
     softcap: float
+    dropout_p: float
+    dropout_key: list[Tensor] | None
+    first_batch: int  # the place of batch 0 in the caller's batch
 
     @classmethod
-    def make(
-        cls, q, k, v, mask, bias, kv_lengths, layout, causal, window_left, window_right, scale, softcap
-    ) -> Problem:
-        q, k, v = (heads_first(t, layout) for t in (q, k, v))
+    def make(cls, q: Tensor, k: Tensor, v: Tensor, options: Options, first_batch: int = 0) -> Problem:
+        """q, k, v: (batch, heads, seq, dim) each; `options` are for these, their layout and packing apart."""
+        o = options
         heads_kv = k.shape[1]
         heads = (heads_kv, q.shape[1] // heads_kv if heads_kv else 0)
         shift = k.shape[2] - q.shape[2]
-        highest = shift + window_right if window_right >= 0 else None
-        if causal:
-            diagonal = shift if causal == 1 else 0
+        highest = shift + o.window_right if o.window_right >= 0 else None
+        if o.causal:
+            diagonal = shift if o.causal == 1 else 0
             highest = diagonal if highest is None else min(highest, diagonal)
+        slopes, sinks, labels, bounds = o.alibi_slopes, o.sinks, o.row_labels, o.key_bounds
+        if slopes is not None:
+            slopes = (slopes if slopes.dim() == 2 else slopes[None]).unflatten(1, heads)[..., None, None]
         return cls(
             q=q.unflatten(1, heads) if heads_kv else q[:, :, None],
             k=k,
             v=v,
-            mask=_scores_view(mask, heads),
-            bias=_scores_view(bias, heads),
-            kv_lengths=None if kv_lengths is None else kv_lengths[:, None, None, None, None],
-            lowest=shift - window_left if window_left >= 0 else None,
+            mask=_scores_view(o.mask, heads),
+            bias=_scores_view(o.bias, heads),
+            kv_lengths=None if o.kv_lengths is None else o.kv_lengths[:, None, None, None, None],
+            slopes=slopes,
+            sinks=None if sinks is None else sinks.unflatten(0, heads)[..., None, None],
+            labels=None if labels is None else labels[:, :, None, None, :, None],
+            bounds=None if bounds is None else bounds[:, :, None, None, None],
+            mask_block=(o.mask_block_q, o.mask_block_kv),
+            shift=shift,
+            lowest=shift - o.window_left if o.window_left >= 0 else None,
             highest=highest,
-            scale=1 / math.sqrt(q.shape[3]) if scale is None else scale,
-            softcap=softcap,
+            scale=1 / math.sqrt(q.shape[3]) if o.scale is None else o.scale,
+            softcap=o.softcap,
+            dropout_p=o.dropout_p,
+            dropout_key=call_key(o.rng_state) if o.dropout_p else None,
+            first_batch=first_batch,
         )
 
     def has_work(self) -> bool:
@@ -130,10 +157,110 @@ class Problem:
         if self.kv_lengths is not None:
             tile = also(key < self.kv_lengths)
         if self.mask is not None:
-            tile = also(tile_of(self.mask, q_begin, q_end, k_begin, k_end))
+            tile = also(self._mask_tile(q_begin, q_end, k_begin, k_end))
+        if self.labels is not None:
+            label = self.labels[..., q_begin:q_end, :]
+            low, high = self.bounds[..., k_begin:k_end, :].unbind(-1)
+            tile = also(((low <= label) & (label < high)).all(0))
         if self.bias is not None:
             tile = also(tile_of(self.bias, q_begin, q_end, k_begin, k_end) != -math.inf)
         return tile
+
+    def _mask_tile(self, q_begin: int, q_end: int, k_begin: int, k_end: int) -> Tensor:
+        mask = self.mask
+        if self.mask_block == (1, 1):
+            return tile_of(mask, q_begin, q_end, k_begin, k_end)
+        ranges = ((-2, q_begin, q_end), (-1, k_begin, k_end))
+        for (axis, begin, end), block in zip(ranges, self.mask_block, strict=True):
+            if mask.shape[axis] != 1:
+                mask = mask.index_select(axis, torch.arange(begin, end, device=mask.device) // block)
+        return mask
+
+    def distance(self, q_begin: int, q_end: int, k_begin: int, k_end: int, dtype: torch.dtype) -> Tensor:
+        """|i + shift - j| of a tile, which ALiBi's slopes multiply: (queries, keys)."""
+        query = torch.arange(q_begin + self.shift, q_end + self.shift, device=self.q.device)
+        return (query[:, None] - torch.arange(k_begin, k_end, device=self.q.device)).abs().to(dtype)
+
+    def kept(self, q_begin: int, q_end: int, k_begin: int, k_end: int) -> Tensor | None:
+        """What dropout leaves of a tile: bool (batch, heads_kv, group, queries, keys); None: all."""
+        if self.dropout_key is None:
+            return None
+        batch, heads_kv, group = self.q.shape[:3]
+        batches = range(self.first_batch, self.first_batch + batch)
+        place = (batches, range(heads_kv * group), range(q_begin, q_end), range(k_begin, k_end))
+        return keep_tile(self.dropout_key, self.dropout_p, *place).unflatten(1, (heads_kv, group))
+
+    @property
+    def dropout_scale(self) -> float:
+        """What is kept counts this many times."""
+        return 1 / (1 - self.dropout_p)
+
+
+class Part(NamedTuple):
+    """One of the problems that a call consists of, and its place in the axes of sequence."""
+
+    problem: Problem
+    queries: slice
+    keys: slice
+
+
+def parts(q: Tensor, k: Tensor, v: Tensor, options: Options) -> list[Part]:
+    """A call as problems: one, or one for each packed sequence. Everything in them is a view.
+
+    Raises:
+        ValueError: cu_seqlens_q or cu_seqlens_k holds what cannot be. To read them waits for their device.
+    """
+    q, k, v = (heads_first(t, options.layout) for t in (q, k, v))
+    if options.cu_seqlens_q is None:
+        return [Part(Problem.make(q, k, v, options), slice(None), slice(None))]
+    all_queries = _sequences("cu_seqlens_q", options.cu_seqlens_q, q.shape[2], options.max_seqlen_q)
+    all_keys = _sequences("cu_seqlens_k", options.cu_seqlens_k, k.shape[2], options.max_seqlen_k)
+    found = []
+    for b, (queries, keys) in enumerate(zip(all_queries, all_keys, strict=True)):
+        own = _options_of(options, b, queries.stop - queries.start, keys.stop - keys.start)
+        tensors = (t[:, :, place] for t, place in ((q, queries), (k, keys), (v, keys)))
+        found.append(Part(Problem.make(*tensors, own, b), queries, keys))
+    return found
+
+
+def _sequences(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> list[slice]:
+    """The rows of each sequence."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0:
+        raise ValueError(f"{name} must start with 0, got {bounds[0]}")
+    if bounds[-1] > total:
+        raise ValueError(f"{name} ends with {bounds[-1]}, past the {total} rows that there are")
+    for b, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        if end < begin:
+            raise ValueError(f"{name} must not decrease, got {begin} and then {end} at index {b + 1}")
+        if 0 <= max_seqlen < end - begin:
+            raise ValueError(
+                f"{name} has a sequence of length {end - begin}, max_seqlen{name[-2:]} is {max_seqlen}"
+            )
+    return [slice(*pair) for pair in itertools.pairwise(bounds)]
+
+
+def _options_of(options: Options, b: int, seq_q: int, seq_kv: int) -> Options:
+    """Those of sequence `b`."""
+
+    def own(t: Tensor | None, axis: int) -> Tensor | None:
+        """The entry of the batch, which broadcasts where there is but one."""
+        return t if t is None or t.shape[axis] == 1 else t.narrow(axis, b, 1)
+
+    def scores(t: Tensor | None, block_q: int = 1, block_kv: int = 1) -> Tensor | None:
+        if t is None:
+            return None
+        return tile_of(own(t[(None,) * (4 - t.dim())], 0), 0, -(-seq_q // block_q), 0, -(-seq_kv // block_kv))
+
+    slopes, labels, bounds = options.alibi_slopes, own(options.row_labels, 1), own(options.key_bounds, 1)
+    return options._replace(
+        mask=scores(options.mask, options.mask_block_q, options.mask_block_kv),
+        bias=scores(options.bias),
+        kv_lengths=None if options.kv_lengths is None else options.kv_lengths[b : b + 1],
+        alibi_slopes=own(slopes, 0) if slopes is not None and slopes.dim() == 2 else slopes,
+        row_labels=None if labels is None else labels[:, :, :seq_q],
+        key_bounds=None if bounds is None else bounds[:, :, :seq_kv],
+    )
 
 
 def tile_of(t: Tensor, q_begin: int, q_end: int, k_begin: int, k_end: int) -> Tensor:

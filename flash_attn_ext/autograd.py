@@ -11,10 +11,6 @@ from torch import Tensor
 from . import ops
 from ._problem import AUTOCAST_DEVICES
 
-# Positions in the forward operators' arguments: three tensors, mask, bias, kv_lengths, options,
-# return_lse, and what the backend wants to be told beyond that.
-_BIAS, _TENSORS, _RETURN_LSE = 4, 6, 12
-
 
 class _RefuseSecondOrder(torch.autograd.Function):
     """Passes the first `count` tensors on; differentiating them again raises."""
@@ -38,30 +34,40 @@ class _RefuseSecondOrder(torch.autograd.Function):
 
 
 def _save(ctx, operators: ops.Operators, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:_TENSORS], *output)
+    """`inputs` are a forward operator's arguments."""
+    tensors = operators.family.first_number
+    ctx.save_for_backward(*inputs[:tensors], *output)
     ctx.operators = operators
-    ctx.options = inputs[_TENSORS:]
+    ctx.rest = inputs[tensors:]
 
 
-def _backward(
-    ctx, dout: Tensor | None, dlse: Tensor | None, need_bias_grad: bool
-) -> tuple[Tensor | None, ...]:
-    """One gradient or None for each argument of the forward operator."""
-    q, k, v, mask, bias, kv_lengths, out, lse = ctx.saved_tensors
-    *options, return_lse = ctx.options[: _RETURN_LSE - _TENSORS + 1]
-    own = ctx.options[len(options) + 1 :]
-    masking = mask, bias, kv_lengths
-    if not return_lse:
-        lse = ctx.operators.forward(q, k, v, *masking, *options, True, *own)[1]
+def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, offset: int = 0) -> tuple[Tensor | None, ...]:
+    """One gradient or None for each argument of the forward operator, which stand `offset` places later
+    among what the autograd function was given."""
+    operators, rest, needed = ctx.operators, ctx.rest, ctx.needs_input_grad
+    family = operators.family
+    saved = ctx.saved_tensors
+    q, k, v = saved[:3]
+    out, lse = saved[-2:]
+    numbers = family.return_lse - family.first_number
+    options = saved[3:-2] + rest[:numbers]
+    own = rest[numbers + 1 :]
+    if not rest[numbers]:
+        lse = operators.forward(q, k, v, *options, True, *own)[1]
         dlse = None
     if dout is None:
         dout = torch.zeros_like(out)
-    grads = ctx.operators.backward(dout, dlse, q, k, v, out, lse, *masking, *options, need_bias_grad, *own)
+    needs = [needed[place + offset] for place in family.places]
+    grads = operators.backward(dout, dlse, q, k, v, out, lse, *options, *needs, *own)
     if torch.is_grad_enabled():  # create_graph: whoever differentiates these gradients is told
-        grads = _RefuseSecondOrder.apply(4, *(g.detach() for g in grads), dout, q, k, v, bias)
-    dq, dk, dv, dbias = grads
-    rest = len(ctx.options) + _TENSORS - _BIAS - 1
-    return (dq, dk, dv, None, dbias if need_bias_grad else None) + (None,) * rest
+        sources = (dout, q, k, v, *(saved[place] for place in family.places))
+        grads = _RefuseSecondOrder.apply(len(grads), *(g.detach() for g in grads), *sources)
+    result: list[Tensor | None] = [None] * (offset + len(saved) - 2 + len(rest))
+    result[offset : offset + 3] = grads[:3]
+    for n, place in enumerate(family.places):
+        if needs[n]:
+            result[place + offset] = grads[3 + n]
+    return tuple(result)
 
 
 class _EagerAttention(torch.autograd.Function):
@@ -74,7 +80,7 @@ class _EagerAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        return None, *_backward(ctx, dout, dlse, ctx.needs_input_grad[1 + _BIAS])
+        return _backward(ctx, dout, dlse, offset=1)
 
 
 class _FunctorchAttention(torch.autograd.Function):
@@ -113,7 +119,7 @@ def _register_autograd(operators: ops.Operators) -> None:
         _save(ctx, operators, inputs, output)
 
     def backward(ctx, dout, dlse):
-        return _backward(ctx, dout, dlse, ctx.needs_input_grad[_BIAS])
+        return _backward(ctx, dout, dlse)
 
     torch.library.register_autograd(operators.attention, backward, setup_context=setup_context)
 

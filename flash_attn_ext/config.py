@@ -41,7 +41,7 @@ class AttentionConfig:
     |---|---|---|---|
     | block_q | in whole register tiles | as given; 1 when `batch_invariant` | not used |
     | block_kv | in whole register tiles | as given | not used |
-    | num_splits | not used | not used | not used |
+    | num_splits | where few rows (8 at most) meet many keys | not used | not used |
 
     "cpu" counts the rows of all query heads that share a K/V head, and stops at 4096 or a few
     megabytes of workspace per thread. Both take their blocks forward and backward. `explain`

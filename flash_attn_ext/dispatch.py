@@ -113,12 +113,14 @@ class Request(NamedTuple):
     dtype: torch.dtype
     dim: int  # the larger of q's and v's; 0 is unknown
     batch_invariant: bool
+    features: tuple[str, ...] = ()  # of `Options.features`
 
     @classmethod
-    def of(cls, q: Tensor, v: Tensor, batch_invariant: bool) -> Request:
+    def of(cls, q: Tensor, v: Tensor, batch_invariant: bool, features: tuple[str, ...] = ()) -> Request:
         """While torch traces, a size may be a symbol, and the choice must not depend on it."""
         sized = not torch.compiler.is_compiling() and q.dim() and v.dim()
-        return cls(q.device, q.dtype, max(q.shape[-1], v.shape[-1]) if sized else 0, batch_invariant)
+        dim = max(q.shape[-1], v.shape[-1]) if sized else 0
+        return cls(q.device, q.dtype, dim, batch_invariant, features)
 
 
 def objections(backend: str, request: Request) -> list[str]:
@@ -127,6 +129,7 @@ def objections(backend: str, request: Request) -> list[str]:
     device = request.device
     if backend in _cuda.BACKENDS:
         reasons += _cuda.objections(backend, device, request.dtype, request.dim)
+        reasons += [f"its kernels do not know {feature} yet" for feature in request.features]
     if backend == "cpu" and device.type != "cpu":
         reasons.append(f"its kernels run on the CPU, q is on {device.type}")
     if backend == "standard" and request.batch_invariant:
@@ -171,7 +174,7 @@ def preferred(request: Request) -> tuple[str, list[str]]:
 
 
 # What of a config's advice a backend takes; the others take none.
-_ADVICE = {"cpu": ("block_q", "block_kv"), "portable": ("block_q", "block_kv")}
+_ADVICE = {"cpu": ("block_q", "block_kv", "num_splits"), "portable": ("block_q", "block_kv")}
 
 
 def blocks(name: str, config: AttentionConfig, batch_invariant: bool) -> tuple[int, int]:

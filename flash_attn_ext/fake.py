@@ -7,41 +7,47 @@ from torch import Tensor
 
 from . import ops
 from ._errors import check_call
+from ._options import EXTENDED_TENSORS, Options
 from ._problem import kernel_lse_dtype, lse_shape
 
 
-def _check(*arguments, out: Tensor | None = None) -> None:
-    """The validator itself, where all sizes are numbers; symbolic sizes are checked when the call runs."""
-    tensors = [t for t in (*arguments[:6], out) if t is not None]
-    if not any(isinstance(n, torch.SymInt) for t in tensors for n in (*t.shape, *t.stride())):
-        check_call(*arguments, out=out)
+def _check(q: Tensor, k: Tensor, v: Tensor, options: Options, out: Tensor | None = None) -> None:
+    """The validator itself, where all sizes are numbers; symbolic ones are checked when the call runs."""
+    tensors = (q, k, v, out, *(getattr(options, name) for name in EXTENDED_TENSORS))
+    sizes = [n for t in tensors if t is not None for n in (*t.shape, *t.stride())]
+    if not any(isinstance(n, (torch.SymInt, torch.SymFloat)) for n in (*sizes, *options)):
+        check_call(q, k, v, options, out)
 
 
-def _lse(q: Tensor, layout: int, return_lse: bool) -> Tensor:
-    return q.new_empty(lse_shape(q, layout) if return_lse else (0,), dtype=kernel_lse_dtype(q))
-
-
-def _forward(q, k, v, mask, bias, kv_lengths, layout, *options):
-    options, return_lse = options[:5], options[5]  # a backend's own arguments follow
-    _check(q, k, v, mask, bias, kv_lengths, layout, *options)
-    return q.new_empty(*q.shape[:-1], v.shape[-1]), _lse(q, layout, return_lse)
-
-
-def _forward_out(q, k, v, out, mask, bias, kv_lengths, layout, *options):
-    options, return_lse = options[:5], options[5]
-    _check(q, k, v, mask, bias, kv_lengths, layout, *options, out=out)
-    return _lse(q, layout, return_lse)
-
-
-def _backward(dout, dlse, q, k, v, out, lse, mask, bias, *options):
-    need_bias_grad = options[7]
-    dbias = bias.new_empty(bias.shape) if need_bias_grad else q.new_empty(0)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+def _lse(q: Tensor, options: Options, return_lse: bool) -> Tensor:
+    shape = lse_shape(q, options.layout) if return_lse else (0,)
+    return q.new_empty(shape, dtype=kernel_lse_dtype(q))
 
 
 def register(operators: ops.Operators) -> None:
-    torch.library.register_fake(operators.attention, _forward)
-    torch.library.register_fake(operators.forward, _forward)
-    torch.library.register_fake(operators.backward, _backward)
+    family = operators.family
+
+    def forward(q, k, v, *arguments):
+        options, (return_lse, *_) = family.read(arguments)
+        _check(q, k, v, options)
+        return q.new_empty(*q.shape[:-1], v.shape[-1]), _lse(q, options, return_lse)
+
+    def forward_out(q, k, v, out, *arguments):
+        options, (return_lse, *_) = family.read(arguments)
+        _check(q, k, v, options, out)
+        return _lse(q, options, return_lse)
+
+    def backward(dout, dlse, q, k, v, out, lse, *arguments):
+        options, needs = family.read(arguments)
+        owners = [getattr(options, name) for name in family.differentiable]
+        others = (
+            t.new_empty(t.shape) if need else q.new_empty(0)
+            for t, need in zip(owners, needs[: len(owners)], strict=True)
+        )
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *others
+
+    torch.library.register_fake(operators.attention, forward)
+    torch.library.register_fake(operators.forward, forward)
+    torch.library.register_fake(operators.backward, backward)
     if operators.forward_out is not None:
-        torch.library.register_fake(operators.forward_out, _forward_out)
+        torch.library.register_fake(operators.forward_out, forward_out)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-import operator
 
 import torch
 from torch import Tensor
 
-from . import _cuda, _errors, autograd, dispatch, ops, portable, reference
+from . import _errors, _extended, autograd, dispatch, ops
 from ._problem import LAYOUTS, lse_dtype, lse_shape
+from ._run import check_types, own_arguments, run
+from ._windows import CAUSAL, window_bounds
 from .config import AttentionConfig
+from .masks import Mask
 
-CAUSAL = {False: 0, True: 1, "bottom_right": 1, "top_left": 2}
 _NO_CONFIG = AttentionConfig()
-_FAR = 1 << 62  # a window that reaches this far is unbounded, and fits an operator's int
 
 
 def flash_attention(
@@ -25,11 +25,14 @@ def flash_attention(
     *,
     scale: float | None = None,
     layout: str = "bshd",
-    mask: Tensor | None = None,
+    mask: Tensor | Mask | None = None,
     bias: Tensor | None = None,
     window: tuple[int | None, int | None] | None = None,
     softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     kv_lengths: Tensor | None = None,
+    dropout_p: float = 0.0,
     return_lse: bool = False,
     deterministic: bool | None = None,
     batch_invariant: bool = False,
@@ -47,13 +50,23 @@ def flash_attention(
             "top_left": keys <= i.
         scale: factor of q k^T; default 1 / sqrt(dim).
         layout: "bshd" as above, or "bhsd": heads before sequence. In both, q, k and v may go
-            without batch (rank 3), or be one head (seq, dim) (rank 2).
-        mask: bool, broadcastable to (batch, heads_q, seq_q, seq_kv); True = may attend.
+            without batch (rank 3), or be one head (seq, dim) (rank 2). All three may be jagged
+            nested tensors, (batch, seq, heads, dim) or in "bhsd" (batch, heads, seq, dim): then so
+            is the result, and all else is as in `flash_attention_varlen`.
+        mask: bool, broadcastable to (batch, heads_q, seq_q, seq_kv), True = may attend; or one of
+            `flash_attn_ext.masks`.
         bias: floating, broadcastable likewise, added to the scores; -inf hides a key.
         window: (left, right): query i sees keys in [i - left, i + right] + seq_kv - seq_q;
             None or -1 is unbounded on that side.
         softcap: scores become softcap * tanh(scores / softcap) when > 0; before bias.
+        alibi_slopes: (heads_q,) or (batch, heads_q), floating; adds -slope * |i + seq_kv - seq_q - j|
+            to the scores, with bias (Press et al., ALiBi, 2022, arXiv:2108.12409).
+        sinks: (heads_q,), floating: the score, not scaled, of one more key per head that every query
+            sees and that has no value; it takes part in the LSE (Xiao et al., 2024, arXiv:2309.17453).
         kv_lengths: (batch,) int32 or int64; keys at or past the length are hidden.
+        dropout_p: the probability in [0, 1) with which a weight is dropped after the softmax; others
+            count 1 / (1 - dropout_p) times. Which ones is drawn anew in every call, as
+            `torch.manual_seed` governs, and is the same on all backends; see `testing.dropout_mask`.
         return_lse: also return the log-sum-exp of every row of scores.
         deterministic: True asks for gradients that are bitwise equal from run to run; None
             asks when `torch.use_deterministic_algorithms` is on. The CPU's always are; on CUDA
@@ -68,7 +81,8 @@ def flash_attention(
     Returns:
         out, contiguous, q's dtype; with `return_lse` also the LSE: natural logarithm,
         (batch, heads_q, seq_q) float32 (float64 for float64). A row that sees no key gives
-        0 and -inf. Both are differentiable with respect to q, k, v and bias.
+        0 and -inf, or its sink. Both are differentiable with respect to q, k, v, bias,
+        alibi_slopes and sinks.
 
     Raises:
         TypeError, ValueError, NotImplementedError: a wrong call; nothing was written. The
@@ -82,6 +96,18 @@ def flash_attention(
     Source: Dao et al., FlashAttention, 2022, arXiv:2205.14135; Dao, FlashAttention-2, 2023,
     arXiv:2307.08691.
     """
+    if (
+        dropout_p != 0.0
+        or alibi_slopes is not None
+        or sinks is not None
+        or (mask is not None and not isinstance(mask, Tensor))
+        or getattr(q, "is_nested", False)
+    ):
+        arguments = _extended.Arguments(
+            causal, scale, layout, mask, bias, window, softcap, alibi_slopes, sinks, kv_lengths, dropout_p,
+            return_lse, deterministic, batch_invariant, backend, config, out,
+        )  # fmt: skip
+        return _extended.attention(q, k, v, arguments)
     compiling = torch.compiler.is_compiling()
     try:
         left, right = (-1, -1) if window is None else window_bounds(window)
@@ -94,104 +120,21 @@ def flash_attention(
             if not compiling:
                 dispatch.log_auto_cpu()
         else:
-            _check_types(q, k, v, mask, bias, kv_lengths, out, layout, causal, scale, softcap, config)
+            check_types(q, k, v, (mask, bias, kv_lengths, out), layout, causal, scale, softcap, config)
             config = config or _NO_CONFIG
             name = dispatch.resolve(backend, config.backend, dispatch.Request.of(q, v, batch_invariant))
-            own = _own_arguments(name, config, batch_invariant, deterministic, q.dtype)
+            own = own_arguments(name, config, batch_invariant, deterministic, q.dtype)
             scale = config.softmax_scale if scale is None else scale
         needs_grad = torch.is_grad_enabled() and (
             q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
         )
         call = (q, k, v, mask, bias, kv_lengths, LAYOUTS[layout], CAUSAL[causal], left, right, scale, softcap)
-        need_lse = return_lse or needs_grad
-        if out is not None:
-            lse = _write(name, call, need_lse, own, out, needs_grad)
-        elif name == "standard":
-            if not compiling:
-                _errors.check_call(*call)
-            out, lse = reference.attention(*call, return_lse)
-        else:
-            operators = ops.BY_BACKEND[name]
-            if compiling:
-                out, lse = operators.attention(*call, need_lse, *own)
-            elif not needs_grad:
-                out, lse = operators.forward(*call, need_lse, *own)
-            else:
-                out, lse = autograd.attention(operators, *call, need_lse, *own)
-        return (out, lse.to(lse_dtype(q))) if return_lse else out
+        if name == "cpu" and out is None and not needs_grad and not return_lse and not compiling:
+            return ops.KERNELS.forward(*call, False, *own)[0]  # a small call is over by now
+        return run(name, ops.BY_BACKEND[name], call, return_lse, needs_grad, own, out)
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-        _check_types(q, k, v, mask, bias, kv_lengths, out, layout, causal, scale, softcap, config)
+        check_types(q, k, v, (mask, bias, kv_lengths, out), layout, causal, scale, softcap, config)
         raise _errors.translate(error) from None
-
-
-def _own_arguments(
-    name: str,
-    config: AttentionConfig,
-    batch_invariant: bool,
-    deterministic: bool | None,
-    dtype: torch.dtype,
-) -> tuple:
-    """What a backend's operators want to be told beyond the options: their last arguments."""
-    blocks = dispatch.blocks(name, config, batch_invariant)
-    if name == "cpu":
-        return (False, False, *blocks) if any(blocks) else ()
-    if name in _cuda.BACKENDS:
-        if deterministic is None:
-            deterministic = torch.are_deterministic_algorithms_enabled()
-        return deterministic, dtype == torch.float32 and _cuda.tf32_is_allowed()
-    return blocks
-
-
-def _write(name: str, call: tuple, need_lse: bool, own: tuple, out: Tensor, needs_grad: bool) -> Tensor:
-    """Computes into `out` and returns the LSE."""
-    if needs_grad:
-        raise ValueError(
-            "out must be None when q, k, v or bias requires grad: gradients do not flow through it; "
-            "use torch.no_grad() to write into it all the same"
-        )
-    if name == "portable":
-        return portable.forward(*call, need_lse, *own, out=out)[1]
-    if name != "standard":
-        return ops.BY_BACKEND[name].forward_out(*call[:3], out, *call[3:], need_lse, *own)
-    _errors.check_call(*call, out=out)
-    result, lse = reference.attention(*call, need_lse)
-    out.copy_(result)
-    return lse
-
-
-def window_bounds(window: object) -> tuple[int, int]:
-    """(left, right) with -1 for None."""
-    if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise TypeError(f"window must be None or a pair (left, right), got {window!r}")
-    return _window_side(window[0], window), _window_side(window[1], window)
-
-
-def _window_side(side: object, window: tuple | list) -> int:
-    if side is None:
-        return -1
-    if not isinstance(side, int):
-        if not hasattr(side, "__index__"):
-            raise TypeError(f"window must hold ints or None, got {window!r}")
-        side = operator.index(side)
-    return -1 if side >= _FAR else side
-
-
-def _check_types(q, k, v, mask, bias, kv_lengths, out, layout, causal, scale, softcap, config) -> None:
-    """Raises for an argument that the validator, which reads tensors and numbers, could not even be given."""
-    for name, value in {"q": q, "k": k, "v": v}.items():
-        _errors.check_tensor(name, value)
-    for name, value in {"mask": mask, "bias": bias, "kv_lengths": kv_lengths, "out": out}.items():
-        if value is not None:
-            _errors.check_tensor(name, value)
-    _errors.choice("layout", layout, LAYOUTS)
-    _errors.choice("causal", causal, CAUSAL)
-    for name, value in {"scale": 0.0 if scale is None else scale, "softcap": softcap}.items():
-        if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not hasattr(
-            value, "__float__"
-        ):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if config is not None and not isinstance(config, AttentionConfig):
-        raise TypeError(f"config must be an AttentionConfig or None, got {type(config).__name__}")
 
 
 def merge_states(

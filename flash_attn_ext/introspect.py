@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from . import _C, _cuda, _errors, dispatch
-from ._problem import LAYOUTS, heads_first, lse_dtype
+from ._extended import Arguments, check_dropout, options_of
+from ._problem import heads_first, lse_dtype
+from ._run import check_types
 from .config import AttentionConfig
-from .functional import CAUSAL, window_bounds
+from .masks import Mask
 from .portable import tile_shape
 
 
@@ -93,11 +95,14 @@ def explain(
     *,
     scale: float | None = None,
     layout: str = "bshd",
-    mask: Tensor | None = None,
+    mask: Tensor | Mask | None = None,
     bias: Tensor | None = None,
     window: tuple[int | None, int | None] | None = None,
     softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     kv_lengths: Tensor | None = None,
+    dropout_p: float = 0.0,
     return_lse: bool = False,
     deterministic: bool | None = None,
     batch_invariant: bool = False,
@@ -119,37 +124,45 @@ def explain(
         >>> q = torch.empty(1, 4096, 8, 64, device="meta")
         >>> print(explain(q, q, q, causal=True))
     """
-    for name, tensor in {"q": q, "k": k, "v": v}.items():
-        _errors.check_tensor(name, tensor)
+    dense = None if isinstance(mask, Mask) else mask
+    tensors = (dense, bias, kv_lengths, out, alibi_slopes, sinks)
+    check_types(q, k, v, tensors, layout, causal, scale, softcap, config)
     config = config or AttentionConfig()
-    request = dispatch.Request.of(q, v, batch_invariant)
+    check_dropout(dropout_p)
+    arguments = Arguments(
+        causal, scale, layout, mask, bias, window, softcap, alibi_slopes, sinks, kv_lengths, dropout_p
+    )
+    options = options_of(q, k, arguments, config, draw=_no_state)
+    request = dispatch.Request.of(q, v, batch_invariant, options.features())
     chosen = dispatch.resolve(backend, config.backend, request)
-    bounds = (-1, -1) if window is None else window_bounds(window)
-    scale = config.softmax_scale if scale is None else scale
-    call = (
-        q, k, v, mask, bias, kv_lengths, _errors.choice("layout", layout, LAYOUTS),
-        _errors.choice("causal", causal, CAUSAL), *bounds, scale, softcap,
-    )  # fmt: skip
-    _errors.check_call(*call, out=out)
+    _errors.check_call(q, k, v, options, out)
     threads = torch.get_num_threads()
-    desc = _errors.call_desc(*call)
-    if kv_lengths is not None and kv_lengths.device.type == "cpu":
-        desc["kv_lengths"] += (kv_lengths.data_ptr(),)  # the plan counts the work that they leave
+    desc = _errors.call_desc(q, k, v, options)
+    lengths = options.kv_lengths
+    if desc["kv_lengths"] is not None and lengths.device.type == "cpu":
+        desc["kv_lengths"] += (lengths.data_ptr(),)  # the plan counts the work that they leave
     blocks = dispatch.blocks(chosen, config, batch_invariant)
-    native = _C.plan(desc, None, threads, backward, *blocks)
+    splits = config.num_splits or 0
+    native = _C.plan(desc, None, threads, backward, *blocks, splits, batch_invariant)
     rejected = {}
     for name in dispatch.BACKENDS:
         if name not in ("auto", chosen):
             reasons = dispatch.objections(name, request)
             rejected[name] = reasons or [_why_not(name, chosen, backend, config)]
     if chosen in _cuda.BACKENDS:
+        call = (q, k, v, *options.plain())
         native |= _cuda.explain(chosen, call, deterministic, backward)
     elif chosen != "cpu":
-        heads_of = (heads_first(t, call[6]) for t in (q, k))
+        heads_of = (heads_first(t, options.layout) for t in (q, k))
         native |= _plan_by_torch(chosen, *heads_of, blocks)
-    own = {"backend": chosen, "splits": native["chunks"], "rejected": rejected}
+    own = {"backend": chosen, "splits": native["chunks"] * native["splits"], "rejected": rejected}
     own |= {f.name: native[f.name] for f in fields(Plan) if f.name in native and f.name not in own}
     return Plan(**own)
+
+
+def _no_state(device: torch.device) -> Tensor:
+    """In the place of a dropout's state: what is only described draws nothing."""
+    return torch.empty(2, dtype=torch.int64, device=device)
 
 
 def _why_not(name: str, chosen: str, backend: str, config: AttentionConfig) -> str:
@@ -181,6 +194,7 @@ def _plan_by_torch(name: str, q: Tensor, k: Tensor, blocks: tuple[int, int]) -> 
         "block_q": block_q,
         "block_kv": block_kv,
         "chunks": 1,
+        "splits": 1,
         "tasks": tasks,
         "threads": torch.get_num_threads(),
         # Scores and probabilities of one tile exist together.

@@ -6,6 +6,9 @@
 | `attention_backward` | (dq, dk, dv, dbias) | CPU and CUDA kernels (C++) |
 | `attention` | attention_forward with autograd and autocast | as attention_forward |
 | `portable_forward`, `portable_backward`, `portable` | the same three by `portable.py` | any device |
+| `attention_extended`..., `portable_extended`... | the same with all `Options` | as the same without |
+
+The extended operators' backward has two more results, (dalibi_slopes, dsinks).
 
 Eager calls use `attention_forward` without the dispatcher's autograd layer, which costs
 more than a small attention; tracing (compile, export, torch.func) sees `attention`.
@@ -13,55 +16,123 @@ more than a small attention; tracing (compile, export, torch.func) sees `attenti
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from . import _cuda, portable
 from ._load import load_operators
+from ._options import EXTENDED, EXTENDED_TENSORS, PLAIN, PLAIN_TENSORS, Options
 
 load_operators()
 _cuda.load()
 
-_library = torch.library.Library("flash_attn_ext", "FRAGMENT")
-_OPTIONS = (
-    "Tensor? mask, Tensor? bias, Tensor? kv_lengths, int layout, int causal, "
-    "int window_left, int window_right, float? scale, float softcap"
-)
+
+class Family(NamedTuple):
+    """What operators have in common: the options that they take, in order, the tensors among them first.
+    Places are those in a forward operator's arguments: q, k, v, the options, return_lse, and what a backend
+    wants to be told beyond that."""
+
+    options: tuple[str, ...]
+    tensors: tuple[str, ...]
+    differentiable: tuple[str, ...]  # of the tensors; q, k and v are anyway
+    places: tuple[int, ...]  # of the differentiable
+    first_number: int
+    return_lse: int
+
+    @classmethod
+    def make(
+        cls, options: tuple[str, ...], tensors: tuple[str, ...], differentiable: tuple[str, ...]
+    ) -> Family:
+        places = tuple(3 + options.index(name) for name in differentiable)
+        return cls(options, tensors, differentiable, places, 3 + len(tensors), 3 + len(options))
+
+    def read(self, arguments: tuple) -> tuple[Options, tuple]:
+        """The options that stand first in `arguments`, and the rest."""
+        count = len(self.options)
+        return Options(**dict(zip(self.options, arguments, strict=False))), arguments[count:]
+
+
+PLAIN_FAMILY = Family.make(PLAIN, PLAIN_TENSORS, ("bias",))
+EXTENDED_FAMILY = Family.make(EXTENDED, EXTENDED_TENSORS, portable.Needs._fields)
+
+_TYPES = {"scale": "float?", "softcap": "float", "dropout_p": "float"}
 _BLOCKS = "int block_q=0, int block_kv=0"
-_FORWARD = (
-    f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool return_lse, {_BLOCKS}) -> (Tensor out, Tensor lse)"
-)
-_BACKWARD = (
-    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_OPTIONS}, bool need_bias_grad, {_BLOCKS}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)"
-)
-for _name, _schema, _kernel in (
-    ("portable", _FORWARD, portable.forward),
-    ("portable_forward", _FORWARD, portable.forward),
-    ("portable_backward", _BACKWARD, portable.backward),
-):
-    _library.define(_name + _schema)
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+
+
+def _schemas(family: Family) -> tuple[str, str]:
+    """Those of forward and of backward, without the name."""
+    tensors = [f"Tensor? {name}" for name in family.tensors]
+    numbers = [f"{_TYPES.get(name, 'int')} {name}" for name in family.options[len(tensors) :]]
+    options = ", ".join([*tensors, *numbers])
+    needs = ", ".join(
+        f"bool need_{name}_grad" for name in ("bias", "slope", "sink")[: len(family.differentiable)]
+    )
+    grads = ", ".join(f"Tensor d{name}" for name in ("q", "k", "v", *family.differentiable))
+    saved = "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse"
+    return (
+        f"(Tensor q, Tensor k, Tensor v, {options}, bool return_lse, {_BLOCKS}) -> (Tensor out, Tensor lse)",
+        f"({saved}, {options}, {needs}, {_BLOCKS}) -> ({grads})",
+    )
+
+
+def _portable_kernels(family: Family) -> tuple[Callable, Callable]:
+    """`portable.forward` and `portable.backward` for the arguments of the operators."""
+    count = len(family.differentiable)
+
+    def forward(q, k, v, *arguments):
+        options, rest = family.read(arguments)
+        return portable.forward(q, k, v, options, *rest)
+
+    def backward(dout, dlse, q, k, v, out, lse, *arguments):
+        options, rest = family.read(arguments)
+        needs = portable.Needs(*rest[:count])
+        return portable.backward(dout, dlse, q, k, v, out, lse, options, needs, *rest[count:])[: 3 + count]
+
+    return forward, backward
+
+
+_library = torch.library.Library("flash_attn_ext", "FRAGMENT")
+for _name, _family in (("portable", PLAIN_FAMILY), ("portable_extended", EXTENDED_FAMILY)):
+    _forward, _backward = _portable_kernels(_family)
+    _forward_schema, _backward_schema = _schemas(_family)
+    for _end, _schema, _kernel in (
+        ("", _forward_schema, _forward),
+        ("_forward", _forward_schema, _forward),
+        ("_backward", _backward_schema, _backward),
+    ):
+        _library.define(_name + _end + _schema)
+        _library.impl(_name + _end, _kernel, "CompositeExplicitAutograd")
 
 
 class Operators(NamedTuple):
-    """The operators of one family. What a backend wants to be told beyond the options (block sizes,
-    determinism) follows as the last arguments of each."""
+    """The operators of one family and backend. What a backend wants to be told beyond the options (block
+    sizes, determinism) follows as the last arguments of each."""
 
+    family: Family
     attention: torch._ops.OpOverload  # differentiable
     forward: torch._ops.OpOverload
     backward: torch._ops.OpOverload
     forward_out: torch._ops.OpOverload | None
 
 
-def named(name: str) -> Operators:
+def named(name: str, family: Family = PLAIN_FAMILY) -> Operators | None:
     """The operators `name`, `name`_forward, `name`_backward and, if there is one, `name`_forward_out."""
-    family = torch.ops.flash_attn_ext
-    found = (getattr(family, name + end, None) for end in ("", "_forward", "_backward", "_forward_out"))
-    return Operators(*(packet and packet.default for packet in found))
+    every = torch.ops.flash_attn_ext
+    found = [getattr(every, name + end, None) for end in ("", "_forward", "_backward", "_forward_out")]
+    return Operators(family, *(packet and packet.default for packet in found)) if found[0] else None
 
 
 KERNELS = named("attention")
 PORTABLE = named("portable")
-BY_BACKEND = {"cpu": KERNELS, "cuda": KERNELS, "portable": PORTABLE}
+KERNELS_EXTENDED = named("attention_extended", EXTENDED_FAMILY)
+PORTABLE_EXTENDED = named("portable_extended", EXTENDED_FAMILY)
+# "standard" has no operators, but its calls are those of this family.
+BY_BACKEND = {"cpu": KERNELS, "cuda": KERNELS, "portable": PORTABLE, "standard": PORTABLE}
+EXTENDED_BY_BACKEND = {
+    "cpu": KERNELS_EXTENDED,
+    "cuda": KERNELS_EXTENDED,
+    "portable": PORTABLE_EXTENDED,
+    "standard": PORTABLE_EXTENDED,
+}

@@ -3,19 +3,21 @@
 Forward: online softmax over blocks of keys (Milakov and Gimelshein 2018, arXiv:1805.02867;
 Dao et al. 2022, arXiv:2205.14135). Backward: scores are recomputed block by block from the
 saved log-sum-exp. Memory beyond inputs and outputs is O(seq_q + seq_kv). It serves devices
-that have no kernel, and is a second opinion on those that have one. Arguments are those of
-the operator `attention_forward` (see csrc/torch/schemas.h).
+that have no kernel, and is a second opinion on those that have one. Packed sequences are taken
+one after another; there, reading cu_seqlens waits for their device.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._errors import check_call
+from ._options import Options
 from ._problem import (
     Problem,
     contract,
@@ -25,6 +27,7 @@ from ._problem import (
     lse_dtype,
     lse_shape,
     no_autocast,
+    parts,
     tile_of,
 )
 
@@ -63,10 +66,6 @@ class _Tiles:
         for begin in range(first, end, self.block_kv):
             yield begin, min(begin + self.block_kv, end)
 
-    def query_rows(self, t: Tensor, q_begin: int, q_end: int) -> Tensor:
-        """(batch, heads_kv, group, queries, columns) of a (batch, heads_q, seq_q, columns) tensor."""
-        return self.problem.rows(t)[..., q_begin:q_end, :].to(self.dtype)
-
     def scores(
         self, q: Tensor, k: Tensor, tile: tuple[int, int, int, int]
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -81,6 +80,8 @@ class _Tiles:
             s = t * p.softcap
         if p.bias is not None:
             s += tile_of(p.bias, *tile).to(self.dtype)
+        if p.slopes is not None:
+            s -= p.slopes.to(self.dtype) * p.distance(*tile, self.dtype)
         visible = p.visible(*tile)
         if visible is not None:
             s.masked_fill_(~visible, -math.inf)
@@ -101,39 +102,43 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    kv_lengths: Tensor | None,
-    layout: int,
-    causal: int,
-    window_left: int,
-    window_right: int,
-    scale: float | None,
-    softcap: float,
+    options: Options,
     return_lse: bool,
     block_q: int = 0,
     block_kv: int = 0,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns (out, lse), `out` written in place when given; lse is empty, (0,), when not asked for."""
-    call = (q, k, v, mask, bias, kv_lengths, layout, causal, window_left, window_right, scale, softcap)
-    check_call(*call, out=out)
-    p = Problem.make(*call)
-    dtype = lse_dtype(q)
+    check_call(q, k, v, options, out)
+    found = parts(q, k, v, options)
     out = q.new_empty(*q.shape[:-1], v.shape[-1]) if out is None else out
-    lse = q.new_full(lse_shape(q, layout), -math.inf, dtype=kernel_lse_dtype(q))
-    if not p.has_work():
-        out.zero_()
-        return out, lse if return_lse else lse.new_empty(0)
-    out_rows = p.rows(heads_first(out, layout))
-    lse_rows = p.rows(lse.view(p.q.shape[0], -1, p.q.shape[3]))
-    tiles = _Tiles(p, dtype, block_q, block_kv)
-    v_is_safe = is_finite(p.v)
-    with no_autocast(q.device):
-        for q0, q1 in tiles.query_blocks():
-            rows = _forward_rows(tiles, q0, q1, v_is_safe, lse.dtype)
-            out_rows[..., q0:q1, :], lse_rows[..., q0:q1] = rows
+    lse = q.new_full(lse_shape(q, options.layout), -math.inf, dtype=kernel_lse_dtype(q))
+    out_rows, lse_rows = heads_first(out, options.layout), _lse_view(lse, q)
+    if options.cu_seqlens_q is not None:
+        out.zero_()  # rows past the last sequence
+    for p, queries, _ in found:
+        _forward_part(p, p.rows(out_rows[:, :, queries]), p.rows(lse_rows[:, :, queries]), block_q, block_kv)
     return out, lse if return_lse else lse.new_empty(0)
+
+
+def _lse_view(lse: Tensor, q: Tensor) -> Tensor:
+    """(batch, heads_q, seq_q) of a tensor with or without the first two axes."""
+    return lse[(None,) * (4 - q.dim())]
+
+
+def _forward_part(p: Problem, out_rows: Tensor, lse_rows: Tensor, block_q: int, block_kv: int) -> None:
+    """Writes out (batch, heads_kv, group, seq_q, dim_v) and lse, without the last axis."""
+    if not p.has_work():
+        out_rows.zero_()
+        if p.sinks is not None:
+            lse_rows.copy_(p.sinks[..., 0].expand_as(lse_rows))
+        return
+    tiles = _Tiles(p, lse_dtype(p.q), block_q, block_kv)
+    v_is_safe = is_finite(p.v)
+    with no_autocast(p.q.device):
+        for q0, q1 in tiles.query_blocks():
+            rows = _forward_rows(tiles, q0, q1, v_is_safe, lse_rows.dtype)
+            out_rows[..., q0:q1, :], lse_rows[..., q0:q1] = rows
 
 
 def _forward_rows(
@@ -143,10 +148,14 @@ def _forward_rows(
     q = p.q[..., q0:q1, :].to(tiles.dtype)
     row_max = q.new_full((*q.shape[:-1], 1), -math.inf)
     row_sum = torch.zeros_like(row_max)
+    if p.sinks is not None:  # a key that all rows have seen before the first, with a value of 0
+        row_max = p.sinks.to(tiles.dtype).expand_as(row_max)
+        row_sum = (row_max != -math.inf).to(tiles.dtype)
     acc = q.new_zeros(*q.shape[:-1], p.v.shape[-1])
     for k0, k1 in tiles.key_blocks(q0, q1):
         k, v = (t[:, :, k0:k1].to(tiles.dtype) for t in (p.k, p.v))
-        s, visible, _ = tiles.scores(q, k, (q0, q1, k0, k1))
+        tile = (q0, q1, k0, k1)
+        s, visible, _ = tiles.scores(q, k, tile)
         new_max = torch.maximum(row_max, s.amax(-1, keepdim=True))
         # A row that has seen no key yet has maximum -inf, and -inf - -inf is NaN.
         shift = new_max.masked_fill(new_max == -math.inf, 0)
@@ -154,12 +163,22 @@ def _forward_rows(
         decay = (row_max - shift).exp_()
         seen = None if v_is_safe or visible is None else _fold(visible.expand_as(s))
         row_sum = row_sum * decay + weights.sum(-1, keepdim=True)
+        if (kept := p.kept(*tile)) is not None:
+            weights.mul_(kept).mul_(p.dropout_scale)
         acc = acc * decay + _unfold(contract(_fold(weights), seen, v), q.shape[2])
         row_max = new_max
     nothing = row_sum == 0
     out = (acc / row_sum).masked_fill_(nothing, 0)
     lse = (row_max.to(lse_dtype) + row_sum.to(lse_dtype).log()).masked_fill_(nothing, -math.inf)
     return out, lse.squeeze(-1)
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for, beyond dq, dk and dv."""
+
+    bias: bool = False
+    alibi_slopes: bool = False
+    sinks: bool = False
 
 
 @torch.no_grad()
@@ -171,46 +190,56 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    kv_lengths: Tensor | None,
-    layout: int,
-    causal: int,
-    window_left: int,
-    window_right: int,
-    scale: float | None,
-    softcap: float,
-    need_bias_grad: bool,
+    options: Options,
+    needs: Needs,
     block_q: int = 0,
     block_kv: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns (dq, dk, dv, dbias); dbias is an empty (0,) tensor when not asked for.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns (dq, dk, dv, dbias, dalibi_slopes, dsinks), an empty (0,) tensor for what is not needed.
 
-    With p = exp(s - lse), dp = dout v^T and delta = rowsum(p * dp) - dlse, rows of p adding up to 1:
-    dv = p^T dout, ds = p * (dp - delta), dq = scale ds k, dk = scale ds^T q.
+    With p = exp(s - lse), r what dropout makes of 1 (0 or 1 / (1 - dropout_p)), dp = r * (dout v^T) and
+    delta = rowsum(p * dp) - dlse, rows of p and its sink adding up to 1: dv = (r * p)^T dout,
+    ds = p * (dp - delta), dq = scale ds k, dk = scale ds^T q, dsink = sum of -p_sink * delta.
     """
-    p = Problem.make(
-        q, k, v, mask, bias, kv_lengths, layout, causal, window_left, window_right, scale, softcap
-    )
     dtype = lse_dtype(q)
     dq, dk, dv = (t.new_zeros(t.shape, dtype=dtype) for t in (q, k, v))
-    dbias = p.bias.new_zeros(p.bias.shape, dtype=dtype) if need_bias_grad else q.new_empty(0)
-    if p.has_work():
-        tiles = _Tiles(p, dtype, block_q, block_kv)
-        grads = p.rows(heads_first(dq, layout)), heads_first(dk, layout), heads_first(dv, layout), dbias
-        row_shape = (p.q.shape[0], -1, p.q.shape[3], 1)
-        lse = lse.reshape(row_shape)
-        dlse = None if dlse is None else dlse.reshape(row_shape)
-        dout = heads_first(dout, layout)
-        safe = all(map(is_finite, (p.q, p.k, p.v, dout)))
-        with no_autocast(q.device):
+    owners = {name: getattr(options, name) for name in Needs._fields}
+    sums = {
+        name: t.new_zeros(t.shape, dtype=dtype) if need else None
+        for need, (name, t) in zip(needs, owners.items(), strict=True)
+    }
+    # Gradients are where their tensors are: the same views serve both.
+    grads = parts(dq, dk, dv, options._replace(**sums))
+    dout, lse = heads_first(dout, options.layout), _lse_view(lse, q)
+    dlse = None if dlse is None else _lse_view(dlse, q)
+    with no_autocast(q.device):
+        for (p, queries, _), (grad, _, _) in zip(parts(q, k, v, options), grads, strict=True):
+            if not p.has_work():
+                continue
+            tiles = _Tiles(p, dtype, block_q, block_kv)
+            own_dout, own_lse, own_dlse = (
+                t if t is None else p.rows(t[:, :, queries]) for t in (dout, lse, dlse)
+            )
+            safe = all(map(is_finite, (p.q, p.k, p.v, own_dout)))
             for q0, q1 in tiles.query_blocks():
-                dout_block = tiles.query_rows(dout, q0, q1)
-                dlse_block = None if dlse is None else tiles.query_rows(dlse, q0, q1)
-                rows = _Rows(tiles, q0, q1, dout_block, p.rows(lse)[..., q0:q1, :])
-                _backward_rows(rows, dlse_block, grads, safe, need_bias_grad)
-    dbias = dbias.view(bias.shape).to(bias.dtype) if need_bias_grad else dbias
-    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dbias
+                dlse_block = None if own_dlse is None else own_dlse[..., q0:q1, None].to(dtype)
+                dout_block = own_dout[..., q0:q1, :].to(dtype)
+                rows = _Rows(tiles, q0, q1, dout_block, own_lse[..., q0:q1, None])
+                _backward_rows(rows, dlse_block, grad, safe)
+    others = (
+        q.new_empty(0) if total is None else total.to(owners[name].dtype) for name, total in sums.items()
+    )
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), *others
+
+
+class _Tile(NamedTuple):
+    """(batch, heads_kv, group, queries, keys) each; None where it would be all True, or all 1."""
+
+    weights: Tensor  # p, 0 where hidden
+    dp: Tensor  # 0 where hidden or dropped
+    visible: Tensor | None
+    slope: Tensor | None  # of the softcap
+    kept: Tensor | None
 
 
 class _Rows:
@@ -219,37 +248,35 @@ class _Rows:
     def __init__(self, tiles: _Tiles, q0: int, q1: int, dout: Tensor, lse: Tensor):
         self.tiles, self.q0, self.q1, self.dout = tiles, q0, q1, dout
         self.q = tiles.problem.q[..., q0:q1, :].to(tiles.dtype)
-        lse = lse.masked_fill(lse == -math.inf, 0)
-        self.lse_high = lse.to(tiles.dtype)
+        self.lse = lse.masked_fill(lse == -math.inf, 0)
+        self.lse_high = self.lse.to(tiles.dtype)
         # What a narrower type loses would show in every weight.
-        self.lse_low = (lse - self.lse_high).to(tiles.dtype)
+        self.lse_low = (self.lse - self.lse_high).to(tiles.dtype)
 
-    def against(
-        self, k: Tensor, v: Tensor, k0: int, k1: int
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """p and dp, 0 where hidden, then what `_Tiles.scores` tells of the tile: visible, slope."""
-        s, visible, slope = self.tiles.scores(self.q, k, (self.q0, self.q1, k0, k1))
+    def against(self, k: Tensor, v: Tensor, k0: int, k1: int) -> _Tile:
+        place = (self.q0, self.q1, k0, k1)
+        s, visible, slope = self.tiles.scores(self.q, k, place)
         weights = s.sub_(self.lse_high).sub_(self.lse_low).exp_()
         dp = _unfold(_fold(self.dout) @ v.mT, self.q.shape[2])
+        problem = self.tiles.problem
+        if (kept := problem.kept(*place)) is not None:
+            dp.mul_(kept).mul_(problem.dropout_scale)
         if visible is not None:
             # A row that sees a NaN is NaN where it looks, and still 0 where it does not.
             hidden = ~visible
             weights.masked_fill_(hidden, 0)
             dp.masked_fill_(hidden, 0)
-        return weights, dp, visible, slope
+        return _Tile(weights, dp, visible, slope, kept)
+
+    def sink_weight(self) -> Tensor:
+        """The probability that the sink takes: (batch, heads_kv, group, queries, 1)."""
+        return (self.tiles.problem.sinks.to(self.lse.dtype) - self.lse).exp().to(self.tiles.dtype)
 
 
-def _backward_rows(
-    rows: _Rows,
-    dlse: Tensor | None,
-    grads: tuple[Tensor, Tensor, Tensor, Tensor],
-    safe: bool,
-    need_bias_grad: bool,
-) -> None:
-    """Adds what these queries contribute to `grads`: dq, dk, dv, dbias in canonical axes."""
+def _backward_rows(rows: _Rows, dlse: Tensor | None, grad: Problem, safe: bool) -> None:
+    """Adds what these queries contribute to the gradients, which are in the places of their tensors."""
     tiles, q0, q1, group = rows.tiles, rows.q0, rows.q1, rows.q.shape[2]
     p = tiles.problem
-    dq, dk, dv, dbias = grads
 
     def keys(k0: int, k1: int) -> tuple[Tensor, Tensor]:
         return tuple(t[:, :, k0:k1].to(tiles.dtype) for t in (p.k, p.v))
@@ -259,33 +286,47 @@ def _backward_rows(
     # leave. And weights from a log-sum-exp of -1e38 do not add up to 1: its logarithm is rounded away.
     blocks = list(tiles.key_blocks(q0, q1))
     delta, total = torch.zeros_like(rows.lse_high), torch.zeros_like(rows.lse_high)
+    blind = torch.ones_like(total, dtype=torch.bool)  # rows that have seen no key
     tile = None
     for block in blocks:
         tile = rows.against(*keys(*block), *block)
-        delta += (tile[0] * tile[1]).sum(-1, keepdim=True)
-        total += tile[0].sum(-1, keepdim=True)
+        delta += (tile.weights * tile.dp).sum(-1, keepdim=True)
+        total += tile.weights.sum(-1, keepdim=True)
+        if p.sinks is not None:
+            blind &= False if tile.visible is None else ~tile.visible.any(-1, keepdim=True)
+    sink_weight = None if p.sinks is None else rows.sink_weight()
+    if sink_weight is not None:
+        total += sink_weight
     total.masked_fill_(total == 0, 1)
     delta.div_(total)
     if dlse is not None:
         delta -= dlse
+    if grad.sinks is not None:
+        into_sinks = (sink_weight / total).mul_(delta).masked_fill_(blind, 0)
+        grad.sinks.sub_(into_sinks.sum((0, -2), keepdim=True)[0])
     for block in blocks:
         k, v = keys(*block)
-        weights, dp, visible, slope = rows.against(k, v, *block) if len(blocks) > 1 else tile
+        weights, dp, visible, slope, kept = rows.against(k, v, *block) if len(blocks) > 1 else tile
         weights.div_(total)
         ds = dp.sub_(delta).mul_(weights)
+        if kept is not None:
+            weights.mul_(kept).mul_(p.dropout_scale)
         seen = None
         if visible is not None:
             weights.masked_fill_(~visible, 0)
             ds.masked_fill_(~visible, 0)
             seen = None if safe else _fold(visible.expand_as(ds))
         seen_t = None if seen is None else seen.mT
-        if need_bias_grad:
-            slot = tile_of(dbias, q0, q1, *block)
+        if grad.bias is not None:
+            slot = tile_of(grad.bias, q0, q1, *block)
             slot += ds.sum_to_size(slot.shape)
+        if grad.slopes is not None:
+            far = p.distance(q0, q1, *block, tiles.dtype)
+            grad.slopes.sub_((ds * far).sum_to_size(grad.slopes.shape))
         if slope is not None:
             ds.mul_(slope if visible is None else slope.masked_fill_(~visible, 0))
         ds = _fold(ds).mul_(p.scale)
         k0, k1 = block
-        dv[:, :, k0:k1] += contract(_fold(weights).mT, seen_t, _fold(rows.dout))
-        dk[:, :, k0:k1] += contract(ds.mT, seen_t, _fold(rows.q))
-        dq[..., q0:q1, :] += _unfold(contract(ds, seen, k), group)
+        grad.v[:, :, k0:k1] += contract(_fold(weights).mT, seen_t, _fold(rows.dout))
+        grad.k[:, :, k0:k1] += contract(ds.mT, seen_t, _fold(rows.q))
+        grad.q[..., q0:q1, :] += _unfold(contract(ds, seen, k), group)

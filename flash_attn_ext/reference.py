@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from ._problem import LAYOUTS, Problem, contract, lse_dtype, lse_shape, no_autocast
+from ._options import Options
+from ._problem import LAYOUTS, Problem, contract, lse_dtype, lse_shape, no_autocast, parts
 
 
 class _SeenProduct(torch.autograd.Function):
@@ -73,45 +74,64 @@ class _Narrowed(torch.autograd.Function):
         return grad.to(ctx.dtype), None
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    kv_lengths: Tensor | None,
-    layout: int,
-    causal: int,
-    window_left: int,
-    window_right: int,
-    scale: float | None,
-    softcap: float,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) by the textbook, differentiable by torch's autograd; every intermediate in
-    q's dtype. Arguments are those of the operator `attention_forward`."""
-    p = Problem.make(
-        q, k, v, mask, bias, kv_lengths, layout, causal, window_left, window_right, scale, softcap
-    )
-    if not p.has_work():
-        # Sums over nothing: zeros that autograd knows to depend on the inputs.
-        zero = sum(t[None][:0].sum() for t in (q, k, v, bias) if t is not None)
-        lse = q.new_full(lse_shape(q, layout) if return_lse else (0,), -math.inf, dtype=lse_dtype(q))
-        return q.new_zeros(*q.shape[:-1], v.shape[-1]) + zero, lse + zero
+def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, return_lse: bool) -> tuple[Tensor, Tensor]:
+    """(out, lse) by the textbook, differentiable by torch's autograd; every intermediate in q's dtype. lse is
+    empty, (0,), when not asked for."""
+    dtype = lse_dtype(q)
     with no_autocast(q.device):
-        out, lse = _unfused(p, q.dtype, lse_dtype(q) if return_lse else None)
-    if q.dim() != 2 and layout == LAYOUTS["bshd"]:
+        found = [_attend(p, q.dtype, dtype if return_lse else None) for p, *_ in parts(q, k, v, options)]
+    if options.cu_seqlens_q is None:
+        out, lse = found[0]
+    else:
+        # Rows past the last sequence see nothing.
+        rest = (1, q.shape[1], q.shape[0] - sum(part.shape[2] for part, _ in found))
+        zero = _zero(q, k, v)
+        outs, lses = zip(
+            *found, (q.new_zeros(*rest, v.shape[-1]) + zero, _nothing(rest, q) + zero), strict=True
+        )
+        out, lse = torch.cat(outs, 2), torch.cat(lses, 2) if return_lse else None
+    if q.dim() != 2 and options.layout == LAYOUTS["bshd"]:
         out = out.transpose(1, 2)
-    out = out.reshape(*q.shape[:-1], v.shape[-1])
-    return out, q.new_empty(0, dtype=lse_dtype(q)) if lse is None else lse.reshape(lse_shape(q, layout))
+    out = out.reshape(*q.shape[:-1], v.shape[-1]).contiguous()
+    if not return_lse:
+        return out, q.new_empty(0, dtype=dtype)
+    return out, lse.reshape(lse_shape(q, options.layout))
+
+
+def _zero(*tensors: Tensor | None) -> Tensor:
+    """A sum over nothing: a zero that autograd knows to depend on the tensors."""
+    return sum(t[None][:0].sum() for t in tensors if t is not None)
+
+
+def _nothing(shape: tuple[int, ...], q: Tensor) -> Tensor:
+    """The log-sum-exp of rows without keys."""
+    return q.new_full(shape, -math.inf, dtype=lse_dtype(q))
+
+
+def _attend(p: Problem, dtype: torch.dtype, lse_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    """(batch, heads_q, seq_q, dim_v), and (batch, heads_q, seq_q) when `lse_dtype` is given."""
+    if p.has_work():
+        out, lse = _unfused(p, dtype, lse_dtype)
+    else:
+        zero = _zero(p.q, p.k, p.v, p.bias, p.slopes, p.sinks)
+        rows = p.q.shape[:-1]
+        out = p.q.new_zeros(*rows, p.v.shape[-1]) + zero
+        lse = _nothing(rows, p.q)
+        if p.sinks is not None:
+            lse = p.sinks.detach()[..., 0].to(lse.dtype).expand(rows)
+        lse = lse + zero
+    batch, heads_kv, group, seq_q, _ = p.q.shape
+    shape = (batch, heads_kv * group, seq_q)
+    return out.reshape(*shape, p.v.shape[-1]), None if lse_dtype is None else lse.reshape(shape)
 
 
 def _unfused(p: Problem, dtype: torch.dtype, lse_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
-    """(batch, heads_q, seq_q, dim_v), and (batch, heads_kv, group * seq_q) when `lse_dtype` is given."""
+    """(batch, heads_kv, group * seq_q, dim_v), and without the last axis when `lse_dtype` is given."""
     # (batch, heads_kv, group * seq_q, seq_kv): query heads of a group are rows of one product.
     shape = (*p.q.shape[:-1], p.k.shape[2])
+    whole = (0, shape[3], 0, shape[4])
     rows = p.q.flatten(2, 3)
-    visible = p.visible(0, shape[3], 0, shape[4])
+    visible = p.visible(*whole)
     if visible is None:
         s = rows @ p.k.mT
     else:
@@ -120,17 +140,34 @@ def _unfused(p: Problem, dtype: torch.dtype, lse_dtype: torch.dtype | None) -> t
     s = s * p.scale
     if p.softcap:
         s = torch.tanh(s / p.softcap) * p.softcap
-    if p.bias is not None:
-        s = _Narrowed.apply(s.view(shape) + p.bias, dtype).flatten(2, 3)
+    if p.bias is not None or p.slopes is not None:
+        s = s.view(shape)
+        if p.bias is not None:
+            s = s + p.bias
+        if p.slopes is not None:
+            wide = torch.promote_types(dtype, torch.float32)
+            s = s - p.slopes.to(wide) * p.distance(*whole, wide)
+        s = _Narrowed.apply(s, dtype).flatten(2, 3)
+    if visible is not None:
+        s = s.masked_fill(~visible, -math.inf)
+    logits = s
+    if p.sinks is not None:
+        sinks = p.sinks.to(dtype).expand(*shape[:-1], 1).flatten(2, 3)
+        logits = torch.cat([s, sinks], -1)
+    weights = torch.softmax(logits, -1)[..., : shape[4]]
+    if (kept := p.kept(*whole)) is not None:
+        weights = weights.masked_fill(~kept.flatten(2, 3), 0) * p.dropout_scale
     if visible is None:
-        out = torch.softmax(s, -1) @ p.v
+        out = weights @ p.v
     else:
-        hidden = ~visible
-        s = s.masked_fill(hidden, -math.inf)
         # The second fill is for rows of nothing but -inf, whose softmax is NaN.
-        out = _SeenProduct.apply(torch.softmax(s, -1).masked_fill(hidden, 0), visible, p.v)
-    lse = None if lse_dtype is None else s.to(lse_dtype).logsumexp(-1)
-    return out.unflatten(2, shape[2:4]).flatten(1, 2), lse
+        out = _SeenProduct.apply(weights.masked_fill(~visible, 0), visible, p.v)
+    if lse_dtype is None:
+        return out, None
+    lse = logits.to(lse_dtype).logsumexp(-1)
+    if p.sinks is not None and visible is not None:
+        lse = lse.where(visible.any(-1), lse.detach())  # of a row that sees no key the sink gets no gradient
+    return out, lse
 
 
 def attention_fp64(

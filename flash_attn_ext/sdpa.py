@@ -30,12 +30,14 @@ def scaled_dot_product_attention(
     """`torch.nn.functional.scaled_dot_product_attention`, by its own rules.
 
     Args:
-        query: (..., heads_q, seq_q, dim), any number of leading axes, none included.
+        query: (..., heads_q, seq_q, dim), any number of leading axes, none included; or, like key and
+            value, a jagged nested tensor (batch, heads_q, seq_q, dim).
         key: (..., heads_kv, seq_kv, dim); value: (..., heads_kv, seq_kv, dim_v). Leading axes
             broadcast; so do heads, unless `enable_gqa`.
         attn_mask: broadcastable to (..., heads_q, seq_q, seq_kv): bool with True = may attend,
             or floating, added to the scores.
-        dropout_p: must be 0.
+        dropout_p: the probability in [0, 1] with which a weight is dropped, also outside of training, as
+            in torch; with 1 nothing is left. Which ones is drawn as in `flash_attention`.
         is_causal: query i sees keys <= i (aligned top left); not together with `attn_mask`.
         scale: factor of the scores; default 1 / sqrt(dim).
         enable_gqa: heads_q may be any multiple of heads_kv.
@@ -54,27 +56,53 @@ def scaled_dot_product_attention(
     """
     try:
         if dropout_p != 0.0:
-            _refuse_dropout(dropout_p)
+            _check_dropout(dropout_p)
         if attn_mask is not None and (is_causal or attn_mask.dtype != torch.bool):
             _check_mask(attn_mask, is_causal)
+        causal = "top_left" if is_causal else False
+        if query.is_nested:
+            return _nested(query, key, value, attn_mask, dropout_p, causal, scale, enable_gqa)
         own = 3 if enable_gqa else 2  # trailing axes that do not broadcast
         leading = tuple(query.shape)[:-own]
         if tuple(key.shape)[:-own] != leading or tuple(value.shape)[:-own] != leading:
             query, key, value = _broadcast(query, key, value, own)
         if attn_mask is not None and query.dim() > 4:
             attn_mask = _with_leading_axes(attn_mask, query)
-        return _attention(query, key, value, attn_mask, "top_left" if is_causal else False, scale)
+        if dropout_p == 1.0:  # weights of 0, as in torch; a NaN stays one
+            return 0.0 * _attention(query, key, value, attn_mask, causal, scale, 0.0)
+        return _attention(query, key, value, attn_mask, causal, scale, dropout_p)
     except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError) as error:
-        _check_tensors(query, key, value, attn_mask)
+        if not getattr(query, "is_nested", False):
+            _check_tensors(query, key, value, attn_mask)
         raise type(error)(_in_torch_terms(str(error))) from None
 
 
-def _refuse_dropout(dropout_p: float) -> None:
-    if not isinstance(dropout_p, (int, float)):
+def _check_dropout(dropout_p: object) -> None:
+    if not isinstance(dropout_p, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
-    if not 0.0 < dropout_p <= 1.0:
+    if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
-    raise NotImplementedError(f"dropout_p must be 0.0: dropout is not implemented, got {dropout_p}")
+
+
+def _nested(query, key, value, attn_mask, dropout_p, causal, scale, enable_gqa) -> Tensor:
+    """Jagged (batch, heads, seq, dim) each."""
+    jagged = all(isinstance(t, Tensor) and t.layout == torch.jagged and t.dim() == 4 for t in (query, key))
+    heads_differ = jagged and key.shape[1] != query.shape[1]
+    if heads_differ and not enable_gqa:
+        raise ValueError(
+            f"key has {key.shape[1]} heads, query has {query.shape[1]}; "
+            "different numbers of heads need enable_gqa=True"
+        )
+    options = _mask_option(attn_mask) | {"scale": scale}
+    if dropout_p == 1.0:
+        return 0.0 * flash_attention(query, key, value, causal, layout="bhsd", **options)
+    return flash_attention(query, key, value, causal, layout="bhsd", dropout_p=dropout_p, **options)
+
+
+def _mask_option(attn_mask: Tensor | None) -> dict[str, Tensor | None]:
+    """`attn_mask` as an argument of `flash_attention`."""
+    is_bias = attn_mask is not None and attn_mask.dtype != torch.bool
+    return {"bias" if is_bias else "mask": attn_mask}
 
 
 def _check_mask(attn_mask: Tensor, is_causal: bool) -> None:
@@ -135,12 +163,12 @@ def _attention(
     attn_mask: Tensor | None,
     causal: bool | str,
     scale: float | None,
+    dropout_p: float,
 ) -> Tensor:
     """Equal leading axes, which `attn_mask` has as well when there are two or more."""
     if query.dim() > 4:
-        return _many_batch_axes(query, key, value, attn_mask, causal, scale)
-    is_bias = attn_mask is not None and attn_mask.dtype != torch.bool
-    options = {"bias" if is_bias else "mask": attn_mask, "scale": scale}
+        return _many_batch_axes(query, key, value, attn_mask, causal, scale, dropout_p)
+    options = _mask_option(attn_mask) | {"scale": scale, "dropout_p": dropout_p}
     if query.is_contiguous() or value.shape[-1] != query.shape[-1]:
         return flash_attention(query, key, value, causal, layout="bhsd", **options)
     order = _stride_order(query)
@@ -173,7 +201,7 @@ def _stride_order(t: Tensor) -> list[int]:
     return [wide.pop(0) if t.shape[axis] > 1 else axis for axis in order]
 
 
-def _many_batch_axes(query, key, value, attn_mask, causal, scale) -> Tensor:
+def _many_batch_axes(query, key, value, attn_mask, causal, scale, dropout_p) -> Tensor:
     """Several batch axes: as one where the strides allow it, else one after another, never by a copy."""
     tensors = [t for t in (query, key, value, attn_mask) if t is not None]
     batch = math.prod(query.shape[:-3])
@@ -181,8 +209,8 @@ def _many_batch_axes(query, key, value, attn_mask, causal, scale) -> Tensor:
         merged = [t.view(batch, *t.shape[-3:]) for t in tensors]
     except RuntimeError:
         slices = zip(*tensors, strict=True)
-        return torch.stack([_attention(*(*parts, None)[:4], causal, scale) for parts in slices])
-    return _attention(*(*merged, None)[:4], causal, scale).unflatten(0, query.shape[:-3])
+        return torch.stack([_attention(*(*parts, None)[:4], causal, scale, dropout_p) for parts in slices])
+    return _attention(*(*merged, None)[:4], causal, scale, dropout_p).unflatten(0, query.shape[:-3])
 
 
 class use_flash_attention(TorchFunctionMode):
@@ -219,7 +247,8 @@ def _serve(strict: bool, query: Tensor, key: Tensor, value: Tensor, *args, **kwa
     if strict:
         return scaled_dot_product_attention(query, key, value, *args, **kwargs)
     tensors = (query, key, value, *args, *kwargs.values())
-    reason = _why_torch(query, *(t for t in tensors if isinstance(t, Tensor)))
+    dropout_p = kwargs.get("dropout_p", args[1] if len(args) > 1 else 0.0)
+    reason = _why_torch(dropout_p != 0.0, query, *(t for t in tensors if isinstance(t, Tensor)))
     if reason is None:
         try:
             return scaled_dot_product_attention(query, key, value, *args, **kwargs)
@@ -229,14 +258,20 @@ def _serve(strict: bool, query: Tensor, key: Tensor, value: Tensor, *args, **kwa
     return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
 
 
-def _why_torch(query: Tensor, *tensors: Tensor) -> str | None:
+def _why_torch(with_dropout: bool, query: Tensor, *tensors: Tensor) -> str | None:
     """Why torch would do better than this package, if it would."""
     for t in tensors:
+        if t.layout == torch.jagged:
+            continue
         if type(t) not in (Tensor, torch.nn.Parameter, FakeTensor):
             return f"tensors of type {type(t).__name__} are not served"
         if t.is_nested or t.layout != torch.strided:
             return f"tensors of layout {'nested' if t.is_nested else t.layout} are not served"
     if is_auto() and query.device.type not in ("cpu", "meta"):
-        _, reasons = preferred(Request(query.device, query.dtype, 0, False))
+        features = (
+            *(("dropout_p",) if with_dropout else ()),
+            *(("packed sequences",) if query.is_nested else ()),
+        )
+        _, reasons = preferred(Request(query.device, query.dtype, 0, False, features))
         return "; ".join(reasons) or None
     return None

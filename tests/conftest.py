@@ -66,6 +66,8 @@ CPU_TARGETS = [Target("cpu", isa) for isa in reversed(_C.cpu_isas())]
 PORTABLE = Target("portable")
 STANDARD = Target("standard")
 TARGETS = [*CPU_TARGETS, PORTABLE]
+# Those that serve what the plain operators do not know.
+EXTENDED_TARGETS = [*CPU_TARGETS, PORTABLE]
 EMULATED = Target("cuda_emulated")
 CARD = Target("cuda")
 # Why there is no card to test on: an empty text where there is one.
@@ -97,6 +99,19 @@ def pytest_generate_tests(metafunc):
 EMULATED_WORK = 6_000_000
 
 
+def serves(target: Target | None, case) -> bool:
+    """Whether the target has the features of a case."""
+    if not getattr(case, "is_extended", False) or target is None:
+        return True
+    return target in (*EXTENDED_TARGETS, STANDARD)
+
+
+def _is_served(item) -> bool:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    targets = (parameters.get(name) for name in ("target", "any_target", "cpu_target"))
+    return all(serves(target, parameters.get("case")) for target in targets)
+
+
 def _is_for_emulator(item) -> bool:
     """Whether a test on the emulator is small enough and has a dtype that the kernels know."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
@@ -113,7 +128,8 @@ def _is_for_emulator(item) -> bool:
 
 def pytest_collection_modifyitems(config, items):
     slow = config.getoption("--slow") or "slow" in (config.option.markexpr or "")
-    chosen = [item for item in items if (slow or "slow" not in item.keywords) and _is_for_emulator(item)]
+    chosen = [item for item in items if (slow or "slow" not in item.keywords) and _is_served(item)]
+    chosen = [item for item in chosen if _is_for_emulator(item)]
     if len(chosen) < len(items):
         kept = set(chosen)
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
@@ -173,6 +189,12 @@ def any_target(request, monkeypatch, steady) -> Target:
 @pytest.fixture(params=CPU_TARGETS, ids=lambda t: t.name)
 def cpu_target(request, monkeypatch, steady) -> Target:
     """Each instruction set of the machine."""
+    return _activate(request, monkeypatch)
+
+
+@pytest.fixture(params=EXTENDED_TARGETS, ids=lambda t: t.name)
+def extended_target(request, monkeypatch, steady) -> Target:
+    """As `target`, for calls of the extended operators."""
     return _activate(request, monkeypatch)
 
 

@@ -14,7 +14,8 @@ import flash_attn_ext as fae
 # How often the unfused computation is tried, each time on other values of the same problem. The largest error in
 # one small tensor is a matter of luck; the largest of several draws is what this arithmetic does to this problem.
 DRAWS = {torch.float32: 4, torch.float64: 2}
-NAMES = ("out", "lse", "dq", "dk", "dv", "dbias")
+NAMES = ("out", "lse", "dq", "dk", "dv", "dbias", "dalibi_slopes", "dsinks")
+OPTION_GRADS = ("bias", "alibi_slopes", "sinks")
 
 
 @functools.lru_cache(maxsize=16)
@@ -33,7 +34,7 @@ def expectations(draws: list[Inputs], **how) -> tuple[Result, dict[str, float]]:
     first, errors = None, dict.fromkeys(NAMES, 0.0)
     for inputs in draws:
         arguments = (inputs.q, inputs.k, inputs.v)
-        kwargs = {"dout": inputs.dout, "dlse": inputs.dlse, **inputs.kwargs()}
+        kwargs = {"dout": inputs.dout, "dlse": inputs.dlse, **inputs.oracle()}
         exact = attend(*arguments, **kwargs)
         for formulation in (False, True):
             plain = unfused(*arguments, **kwargs, other=formulation, **how)
@@ -52,9 +53,11 @@ def run(inputs: Inputs, backend: str, **options) -> dict[str, Tensor]:
     if backend == "cuda":
         inputs = inputs.to("cuda")
     leaves = {n: getattr(inputs, n).detach().requires_grad_() for n in ("q", "k", "v")}
-    if inputs.bias is not None:
-        leaves["bias"] = inputs.bias.detach().requires_grad_()
-    kwargs = {**inputs.kwargs(), **options, **{n: t for n, t in leaves.items() if n == "bias"}}
+    for name in OPTION_GRADS:
+        if getattr(inputs, name) is not None:
+            leaves[name] = getattr(inputs, name).detach().requires_grad_()
+    kwargs = {**inputs.kwargs(), **options, **{n: t for n, t in leaves.items() if n in OPTION_GRADS}}
+    torch.manual_seed(inputs.seed)
     out, lse = fae.flash_attention(
         leaves["q"], leaves["k"], leaves["v"], return_lse=True, backend=backend, **kwargs
     )
@@ -69,7 +72,8 @@ def run(inputs: Inputs, backend: str, **options) -> dict[str, Tensor]:
 def expected_dtype(name: str, inputs: Inputs) -> torch.dtype:
     if name == "lse":
         return torch.float64 if inputs.q.dtype == torch.float64 else torch.float32
-    return inputs.bias.dtype if name == "dbias" else inputs.q.dtype
+    owner = name.removeprefix("d")
+    return getattr(inputs, owner).dtype if owner in OPTION_GRADS else inputs.q.dtype
 
 
 def complaints(got: dict[str, Tensor], inputs: Inputs, exact: Result, errors: dict[str, float]) -> list[str]:

@@ -34,7 +34,9 @@ class Result:
     dk: Tensor | None = None
     dv: Tensor | None = None
     dbias: Tensor | None = None
-    # Root of the sum of squares of what dq, dk and dbias add up, before anything cancels; see `complaint`.
+    dalibi_slopes: Tensor | None = None
+    dsinks: Tensor | None = None
+    # Root of the sum of squares of what a gradient adds up, before anything cancels; see `complaint`.
     terms: dict[str, float] = field(default_factory=dict)
 
 
@@ -60,8 +62,22 @@ def lse_from_bhs(x: Tensor, rank: int) -> Tensor:
     return x if rank == 4 else x[0] if rank == 3 else x[0, 0]
 
 
-def visibility(shape, causal=False, window=None, mask=None, bias=None, kv_lengths=None) -> Tensor:
-    """Which key each query may see: bool `shape` = (B, Hq, Sq, Sk)."""
+def visibility(
+    shape,
+    causal=False,
+    window=None,
+    mask=None,
+    bias=None,
+    kv_lengths=None,
+    row_labels=None,
+    key_bounds=None,
+    mask_block=(1, 1),
+) -> Tensor:
+    """Which key each query may see: bool `shape` = (B, Hq, Sq, Sk).
+
+    row_labels (n, B or 1, Sq), key_bounds (n, B or 1, Sk, 2): a key is seen where low <= label < high, n times.
+    mask_block: `mask` has one entry for so many queries and keys.
+    """
     batch, _, seq_q, seq_kv = shape
     i = torch.arange(seq_q)[:, None]
     j = torch.arange(seq_kv)[None, :]
@@ -79,10 +95,22 @@ def visibility(shape, causal=False, window=None, mask=None, bias=None, kv_length
     if kv_lengths is not None:
         seen &= j < kv_lengths.long().reshape(batch, 1, 1, 1)
     if mask is not None:
+        for axis, block in zip((-2, -1), mask_block, strict=True):
+            if block > 1 and mask.shape[axis] > 1:
+                mask = mask.repeat_interleave(block, axis).narrow(axis, 0, shape[axis])
         seen &= mask
+    if row_labels is not None:
+        label, (low, high) = row_labels[..., None], key_bounds[..., None, :, :].unbind(-1)
+        seen &= ((low <= label) & (label < high)).all(0)[:, None]
     if bias is not None:
         seen &= bias != NEG_INF
     return seen
+
+
+def distances(seq_q: int, seq_kv: int) -> Tensor:
+    """|i + Sk - Sq - j|, which a slope of ALiBi multiplies: fp64 (Sq, Sk)."""
+    rows = torch.arange(seq_q, dtype=torch.float64)[:, None] + (seq_kv - seq_q)
+    return (rows - torch.arange(seq_kv, dtype=torch.float64)).abs()
 
 
 def _dot_rows(a: Tensor, b: Tensor, seen: Tensor) -> Tensor:
@@ -119,10 +147,18 @@ def attend(
     mask=None,
     bias=None,
     kv_lengths=None,
+    alibi_slopes=None,
+    sinks=None,
+    dropout_p=0.0,
+    keep=None,
     dout=None,
     dlse=None,
+    **hiding,
 ) -> Result:
-    """Exact attention in fp64; with `dout` (and `dlse`) also all gradients, by the explicit formulas."""
+    """Exact attention in fp64; with `dout` (and `dlse`) also all gradients, by the explicit formulas.
+
+    keep: bool (B, Hq, Sq, Sk), what a dropout with `dropout_p` leaves. hiding: more arguments of `visibility`.
+    """
     rank = q.dim()
     q4, k4, v4 = (to_bhsd(x.detach().double(), layout) for x in (q, k, v))
     batch, heads_q, seq_q, dim = q4.shape
@@ -132,7 +168,7 @@ def attend(
     k4, v4 = k4.repeat_interleave(group, 1), v4.repeat_interleave(group, 1)
     b4 = None if bias is None else bias.detach().double()
 
-    seen = visibility((batch, heads_q, seq_q, seq_kv), causal, window, mask, b4, kv_lengths)
+    seen = visibility((batch, heads_q, seq_q, seq_kv), causal, window, mask, b4, kv_lengths, **hiding)
     s = _dot_rows(q4, k4, seen) * scale
     slope = torch.ones_like(s)
     if softcap > 0:
@@ -140,29 +176,49 @@ def attend(
         s = softcap * torch.tanh(s / softcap)
     if b4 is not None:
         s = s + torch.where(seen, b4, 0.0)
+    far = distances(seq_q, seq_kv)
+    if alibi_slopes is not None:
+        s = s - alibi_slopes.detach().double()[..., None, None] * far
     s = torch.where(seen, s, NEG_INF)
-    # A row without keys: max of nothing is -inf, and 0 takes its place in the difference.
-    row_max = s.amax(-1, keepdim=True) if seq_kv else s.new_full((*s.shape[:-1], 1), NEG_INF)
+    # A sink is a key that every row has, with a score of its own and without a value. Without one: score -inf.
+    sink = s.new_full((1, heads_q), NEG_INF) if sinks is None else sinks.detach().double()[None]
+    sink = sink[..., None, None].expand(batch, heads_q, seq_q, 1)
+    row_max = torch.cat([s, sink], -1).amax(-1, keepdim=True)
+    # Where there is nothing the maximum is -inf, and 0 takes its place in the difference.
     safe_max = torch.where(row_max == NEG_INF, 0.0, row_max)
-    e = torch.where(seen, torch.exp(s - safe_max), 0.0)
-    row_sum = e.sum(-1, keepdim=True)
-    nothing = ~seen.any(-1, keepdim=True)
-    p = torch.where(nothing, 0.0, e / torch.where(nothing, 1.0, row_sum))
-    lse = torch.where(nothing, NEG_INF, safe_max + torch.log(torch.where(nothing, 1.0, row_sum)))[..., 0]
-    out = _weighted_sum(p, v4, seen)
+    e, e_sink = torch.where(seen, torch.exp(s - safe_max), 0.0), torch.exp(sink - safe_max)
+    row_sum = e.sum(-1, keepdim=True) + e_sink
+    nothing = ~seen.any(-1, keepdim=True) & (sink == NEG_INF)
+    row_sum = torch.where(nothing, 1.0, row_sum)
+    p, p_sink = e / row_sum, e_sink / row_sum
+    lse = torch.where(nothing, NEG_INF, safe_max + torch.log(row_sum))[..., 0]
+    kept = torch.ones_like(p) if keep is None else keep.double() / (1 - dropout_p)
+    out = _weighted_sum(p * kept, v4, seen)
     result = Result(from_bhsd(out, layout, rank), lse_from_bhs(lse, rank), seen)
     if dout is None:
         return result
 
     do4 = to_bhsd(dout.double(), layout)
     dlse4 = torch.zeros_like(lse) if dlse is None else dlse.double().reshape(lse.shape)
-    dp = _dot_rows(do4, v4, seen)
+    dp = _dot_rows(do4, v4, seen) * kept
     delta = torch.where(seen, p * dp, 0.0).sum(-1, keepdim=True)
     ds = torch.where(seen, p * (dp - delta + dlse4[..., None]), 0.0)
     squares = torch.where(seen, p * (dp.abs() + delta.abs() + dlse4[..., None].abs()), 0.0) ** 2
     if bias is not None:
         result.dbias = _sum_to_shape(ds, bias.shape)
         result.terms["dbias"] = largest(_sum_to_shape(squares, bias.shape)) ** 0.5
+    if alibi_slopes is not None:
+        slope_shape = (*alibi_slopes.shape, 1, 1)
+        result.dalibi_slopes = _sum_to_shape(-ds * far, slope_shape)[..., 0, 0]
+        result.terms["dalibi_slopes"] = largest(_sum_to_shape(squares * far**2, slope_shape)) ** 0.5
+    if sinks is not None:
+        # dp of a key without a value is 0. A row that sees nothing else is 0 whatever the sink is.
+        looks = seen.any(-1, keepdim=True)
+        row_grad, row_size = dlse4[..., None] - delta, dlse4[..., None].abs() + delta.abs()
+        result.dsinks = torch.where(looks, p_sink * row_grad, 0.0).sum((0, 2, 3))
+        result.terms["dsinks"] = (
+            largest((torch.where(looks, p_sink * row_size, 0.0) ** 2).sum((0, 2, 3))) ** 0.5
+        )
     ds = torch.where(seen, ds * slope * scale, 0.0)
     squares = squares * (slope * scale) ** 2
     result.terms["dq"] = largest(_weighted_sum(squares, k4**2, seen)) ** 0.5
@@ -172,7 +228,7 @@ def attend(
     seen_t = seen.transpose(-1, -2)
     dq = _weighted_sum(ds, k4, seen)
     dk = _weighted_sum(ds.transpose(-1, -2), q4, seen_t)
-    dv = _weighted_sum(p.transpose(-1, -2), do4, seen_t)
+    dv = _weighted_sum((p * kept).transpose(-1, -2), do4, seen_t)
     if heads_kv:
         dk, dv = (x.unflatten(1, (heads_kv, group)).sum(2) for x in (dk, dv))
     result.dq, result.dk, result.dv = (from_bhsd(x, layout, rank) for x in (dq, dk, dv))
@@ -192,10 +248,15 @@ def unfused(
     mask=None,
     bias=None,
     kv_lengths=None,
+    alibi_slopes=None,
+    sinks=None,
+    dropout_p=0.0,
+    keep=None,
     dout=None,
     dlse=None,
     lse_dtype=None,
     other=False,
+    **hiding,
 ) -> Result:
     """What a torch user writes without a fused kernel, in the inputs' own dtype, differentiated by autograd.
 
@@ -204,9 +265,10 @@ def unfused(
     taken transposed, keys come in reverse. Finite inputs only.
     """
     rank = q.dim()
-    leaves = [x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in (q, k, v)]
-    if bias is not None:
-        leaves.append(bias.detach().clone(memory_format=torch.contiguous_format).requires_grad_())
+    leaves = [
+        x if x is None else x.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+        for x in (q, k, v, bias, alibi_slopes, sinks)
+    ]
     heads_q, dim = to_bhsd(q, layout).shape[1], q.shape[-1]
     factor = 1.0 / math.sqrt(dim) if scale is None else scale
     lse_dtype = lse_dtype or (torch.float64 if q.dtype == torch.float64 else torch.float32)
@@ -223,7 +285,7 @@ def unfused(
             else a @ b
         )
 
-    def scores_of(q, k, bias, dtype):
+    def scores_of(q, k, bias, slopes, dtype):
         q4, k4 = to_bhsd(q.to(dtype), layout), repeated(k.to(dtype))
         s = (
             product(q4 * factor, k4.transpose(-1, -2))
@@ -232,17 +294,29 @@ def unfused(
         )
         if softcap > 0:
             s = softcap * torch.tanh(s / softcap)
-        seen = visibility(s.shape, causal, window, mask, bias, kv_lengths)
+        seen = visibility(s.shape, causal, window, mask, bias, kv_lengths, **hiding)
         if bias is not None:
             s = s + torch.where(seen, bias, 0.0).to(dtype)
+        if slopes is not None:
+            s = s - (slopes[..., None, None] * distances(*s.shape[-2:]).to(slopes.dtype)).to(dtype)
         some = seen.any(-1, keepdim=True)
         return torch.where(some, torch.where(seen, s, NEG_INF), 0.0), seen, some
 
-    def forward(q, k, v, bias=None):
-        s, seen, some = scores_of(q, k, bias, q.dtype)
-        p = torch.where(some, torch.softmax(s, -1), 0.0)
-        wide, _, some = scores_of(q, k, bias, lse_dtype)
-        lse = torch.where(some[..., 0], torch.logsumexp(wide, -1), NEG_INF)
+    def with_sink(s, sink):
+        """One more column; its score is a row's LSE where the row sees no key."""
+        if sink is None:
+            return s, s.new_tensor(NEG_INF)
+        sink = sink.to(s.dtype)[:, None, None].expand(*s.shape[:-1], 1)
+        return torch.cat([s, sink], -1), sink.detach()[..., 0]
+
+    def forward(q, k, v, bias, slopes, sink):
+        s, seen, some = scores_of(q, k, bias, slopes, q.dtype)
+        p = torch.where(some, torch.softmax(with_sink(s, sink)[0], -1)[..., : s.shape[-1]], 0.0)
+        if keep is not None:
+            p = p * keep.to(p.dtype) / (1 - dropout_p)
+        wide, _, some = scores_of(q, k, bias, slopes, lse_dtype)
+        wide, alone = with_sink(wide, sink)
+        lse = torch.where(some[..., 0], torch.logsumexp(wide, -1), alone)
         return from_bhsd(product(p, repeated(v)), layout, rank), lse_from_bhs(lse, rank), seen
 
     out, lse, seen = forward(*leaves)
@@ -250,10 +324,11 @@ def unfused(
     if dout is None:
         return result
     heads = (out, lse) if dlse is not None else (out,)
-    grads = torch.autograd.grad(heads, leaves, (dout, dlse)[: len(heads)], allow_unused=True)
-    grads = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)]
-    result.dq, result.dk, result.dv = grads[:3]
-    result.dbias = grads[3] if bias is not None else None
+    given = [x for x in leaves if x is not None]
+    grads = torch.autograd.grad(heads, given, (dout, dlse)[: len(heads)], allow_unused=True)
+    grads = iter(torch.zeros_like(x) if g is None else g for x, g in zip(given, grads, strict=True))
+    for name, leaf in zip(("dq", "dk", "dv", "dbias", "dalibi_slopes", "dsinks"), leaves, strict=True):
+        setattr(result, name, None if leaf is None else next(grads))
     return result
 
 

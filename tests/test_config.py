@@ -194,7 +194,7 @@ def test_negative_blocks_of_the_raw_operator_are_no_advice():
 @pytest.mark.parametrize(
     ("backend", "options", "unused"),
     [
-        ("cpu", {"num_splits": 3}, ["num_splits"]),
+        ("cpu", {"num_splits": 3}, []),
         ("portable", {"num_splits": 2, "block_q": 4}, ["num_splits"]),
         ("standard", {"block_q": 4, "block_kv": 4}, ["block_q", "block_kv"]),
         ("cpu", {"block_q": 4, "block_kv": 4}, []),

@@ -8,6 +8,7 @@ import sys
 import textwrap
 
 import pytest
+from conftest import EXTENDED_TARGETS
 
 MEASURE = textwrap.dedent(
     """
@@ -37,9 +38,23 @@ MEASURE = textwrap.dedent(
             qkv[1:] = [torch.randn(1, seq, heads, 2 * dim).to(dtype)[..., ::2] for _ in range(2)]
         if option == "transposed":
             qkv[1:] = [torch.randn(1, heads, dim, seq).to(dtype).permute(0, 3, 1, 2) for _ in range(2)]
+        if option == "typed":
+            ids = torch.arange(2 * seq) // 700
+            extra["mask"] = fae.masks.DocumentMask(ids[:seq_q], ids[:seq]) & fae.masks.PrefixLMMask(seq // 3)
+        if option == "blocks":
+            extra["mask"] = fae.masks.BlockSparseMask(torch.rand(-(-seq_q // 64), -(-seq // 64)) < 0.5, 64, 64)
+        if option == "scores":
+            extra["alibi_slopes"], extra["sinks"] = (torch.rand(heads).requires_grad_(backward) for _ in range(2))
+        if option == "dropout":
+            extra["dropout_p"] = 0.2
         return qkv, extra
 
     def call(qkv, extra, dout):
+        if option == "packed":  # two sequences, the first of them short
+            cu = [torch.tensor([0, len(x[0]) // 8, len(x[0])]) for x in qkv[:2]]
+            packed = [x[0] for x in qkv]
+            out = fae.flash_attention_varlen(*packed, *cu, causal=causal, backend=backend)[None]
+            return out, torch.autograd.grad(out, qkv, dout) if backward else ()
         out = fae.flash_attention(*qkv, causal=causal, backend=backend, **extra)
         return out, torch.autograd.grad(out, [x for x in qkv if x.requires_grad], dout) if backward else ()
 
@@ -88,6 +103,13 @@ def test_the_measurement_sees_a_score_matrix():
 @pytest.mark.parametrize("backend", ["cpu", "portable"])
 def test_small(backend, backward, option):
     assert extra_bytes(4096, backward=backward, backend=backend, option=option) < 32 * MIB
+
+
+@pytest.mark.parametrize("option", ["typed", "blocks", "scores", "dropout", "packed"])
+@pytest.mark.parametrize("backend", sorted({t.backend for t in EXTENDED_TARGETS}))
+def test_what_the_extended_operators_take(backend, option):
+    """Not even a bool of every score, 36 MiB, forward or backward."""
+    assert extra_bytes(6144, backward=True, backend=backend, option=option) < 34 * MIB
 
 
 @pytest.mark.parametrize("option", ["expanded", "strided", "transposed"])

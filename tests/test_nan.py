@@ -42,7 +42,7 @@ def hiding(name: str, layout: str = "bshd") -> Case:
 
 def check(dirty: Inputs, clean: Inputs, target: Target):
     """Against the fp64 rules, with the error that the unfused computation makes on the clean inputs."""
-    exact = attend(dirty.q, dirty.k, dirty.v, dout=dirty.dout, dlse=dirty.dlse, **dirty.kwargs())
+    exact = attend(dirty.q, dirty.k, dirty.v, dout=dirty.dout, dlse=dirty.dlse, **dirty.oracle())
     how = {"lse_dtype": clean.q.dtype} if target == STANDARD else {}  # see test_standard_backend
     _, errors = expectations([clean, *(build(clean.case, clean.q.dtype, n) for n in (1, 2))], **how)
     for options in target.schedules():
@@ -69,7 +69,7 @@ def test_hidden_keys_and_values_are_not_read(hide, dtype, any_target):
     """
     layout = "bhsd" if dtype == torch.float32 else "bshd"
     clean = build(hiding(hide, layout), dtype)
-    seen = attend(clean.q, clean.k, clean.v, **clean.kwargs()).visible
+    seen = attend(clean.q, clean.k, clean.v, **clean.oracle()).visible
     blind = ~seen.any(-1)
     unseen = ~seen.any(-2).unflatten(1, (2, 2)).any(2)
     for value in (NAN, INF, -INF):
@@ -112,7 +112,7 @@ def test_a_visible_nan_touches_only_the_rows_that_see_it(hide, where, any_target
 def test_hidden_bias_values_are_not_read(dtype, target):
     case = Case("bias", **BASE, bias="bhqk", mask="b1qk", lengths=(60, 20), causal=True)
     clean, dirty = build(case, dtype), build(case, dtype)
-    seen = attend(clean.q, clean.k, clean.v, **clean.kwargs()).visible
+    seen = attend(clean.q, clean.k, clean.v, **clean.oracle()).visible
     dirty.bias = dirty.bias.masked_fill(~seen, NAN)
     got, expected = (run(x, target.backend, **target.repeatable) for x in (dirty, clean))
     assert all(torch.equal(got[n], expected[n]) for n in got)

@@ -9,20 +9,20 @@ import reference
 import torch
 import torch.nn.functional as F
 from cases import CASES, build
+from harness import NAMES, OPTION_GRADS
 from reference import attend, complaint, relative_error, ulp, unfused, visibility
-
-NAMES = ("out", "lse", "dq", "dk", "dv", "dbias")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_formulas_agree_with_autograd(case):
     inputs = build(case, torch.float64)
-    if inputs.bias is not None:
-        inputs.bias = inputs.bias.double()
+    for name in OPTION_GRADS:
+        if getattr(inputs, name) is not None:
+            setattr(inputs, name, getattr(inputs, name).double())
     grads = {"dout": inputs.dout, "dlse": inputs.dlse}
-    exact = attend(inputs.q, inputs.k, inputs.v, **grads, **inputs.kwargs())
+    exact = attend(inputs.q, inputs.k, inputs.v, **grads, **inputs.oracle())
     for formulation in (False, True):
-        plain = unfused(inputs.q, inputs.k, inputs.v, **grads, **inputs.kwargs(), other=formulation)
+        plain = unfused(inputs.q, inputs.k, inputs.v, **grads, **inputs.oracle(), other=formulation)
         for name in NAMES:
             a, b = getattr(exact, name), getattr(plain, name)
             if a is None:

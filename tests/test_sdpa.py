@@ -194,6 +194,72 @@ def test_jagged_hidden_values_are_not_read():
     assert torch.equal(fae.scaled_dot_product_attention(q, k, v, attn_mask=mask), expected)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3, 0.9, 1.0, True])
+def test_dropout(dropout_p):
+    """The rule is torch's, which keeps what its own generator says; with 1 nothing is left, no gradient either."""
+    leaves = inputs(SHAPES[2])
+    torch.manual_seed(1)
+    state = fae.testing.next_rng_state()
+    out = fae.scaled_dot_product_attention(*leaves, dropout_p=dropout_p)
+    grads = torch.autograd.grad(out.sum(), leaves)
+    if dropout_p == 1.0:
+        assert not any(t.any() for t in (out, *grads, F.scaled_dot_product_attention(*leaves, dropout_p=1.0)))
+        return
+    q, k, v = (x.detach().double() for x in leaves)
+    kept = fae.testing.dropout_mask(state, 2, 4, 47, 33, dropout_p) / (1 - dropout_p)
+    expected = (torch.softmax(q @ k.mT / 4, -1) * kept) @ v
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_of_many_batch_axes_and_heads():
+    """No two of them drop the same weights, whatever strides make of the axes."""
+    for permuted in (False, True):
+        q = torch.zeros(3, 2, 4, 5, 64, 8)
+        q = q.transpose(0, 1).contiguous().transpose(0, 1) if permuted else q
+        v = torch.randn(5, 64, 8).expand(3, 2, 4, 5, 64, 8)
+        out = fae.scaled_dot_product_attention(q, q, v, dropout_p=0.5)
+        rows = out.flatten(0, 3).flatten(1)
+        assert len({tuple(row.tolist()) for row in rows}) == len(rows)
+
+
+def jagged(heads, lengths, dim=8, seed=0):
+    """(batch, heads, seq, dim) with a leaf behind it."""
+    g = torch.Generator().manual_seed(seed)
+    parts = [torch.randn(n, heads, dim, generator=g) for n in lengths]
+    leaf = torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=True)
+    return leaf, leaf.transpose(1, 2)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("heads_kv", [4, 2, 1])
+def test_jagged_tensors(heads_kv, causal):
+    leaf_q, q = jagged(4, [7, 1, 12])
+    leaf_k, k = jagged(heads_kv, [7, 1, 12], seed=1)
+    gqa = {"enable_gqa": heads_kv != 4}
+    out = fae.scaled_dot_product_attention(q, k, k, is_causal=causal, **gqa)
+    assert out.shape == q.shape and out.layout == torch.jagged
+    out.values().square().sum().backward()
+    for b, part in enumerate(out.unbind()):
+        one_q, one_k = (t.unbind()[b].detach()[None].requires_grad_() for t in (q, k))
+        expected = F.scaled_dot_product_attention(one_q, one_k, one_k, is_causal=causal, **gqa)
+        torch.testing.assert_close(part, expected[0])
+        expected.square().sum().backward()
+        for leaf, one in ((leaf_q, one_q), (leaf_k, one_k)):
+            torch.testing.assert_close(
+                leaf.grad.unbind()[b], one.grad[0].transpose(0, 1), rtol=1e-5, atol=1e-5
+            )
+
+
+def test_jagged_tensors_that_do_not_go_together():
+    (_, q), (_, k), (_, other) = jagged(4, [7, 1]), jagged(2, [7, 1]), jagged(4, [5, 3])
+    for arguments, pattern in [
+        ((q, k, k), "enable_gqa"), ((q, q, other), "value.*lengths"), ((q, torch.randn(2, 4, 9, 8), q), "key.*jagged"),
+        ((q, jagged(4, [7, 1, 1])[1], jagged(4, [7, 1, 1])[1]), "sequences"), ((torch.randn(2, 4, 9, 8), q, q), "key.*dense"),
+    ]:  # fmt: skip
+        with pytest.raises((ValueError, TypeError), match=pattern):
+            fae.scaled_dot_product_attention(*arguments)
+
+
 BAD = {
     "mask-and-causal": (dict(attn_mask=torch.ones(33, 47, dtype=torch.bool), is_causal=True), "attn_mask"),
     "mask-int": (dict(attn_mask=torch.ones(33, 47, dtype=torch.int32)), "attn_mask.*int32"),
@@ -202,7 +268,8 @@ BAD = {
     "mask-list": (dict(attn_mask=[1]), "attn_mask.*list"),
     "dropout-2": (dict(dropout_p=2.0), "dropout_p.*2"),
     "dropout-negative": (dict(dropout_p=-0.1), "dropout_p.*-0.1"),
-    "dropout": (dict(dropout_p=0.1), "dropout_p.*0.1"),
+    "dropout-nan": (dict(dropout_p=math.nan), "dropout_p.*nan"),
+    "dropout-text": (dict(dropout_p="0.1"), "dropout_p.*str"),
     "scale-nan": (dict(scale=math.nan), "scale.*nan"),
     "key-dim": (dict(key=torch.randn(2, 4, 47, 8)), r"key.*\(2, 4, 47, 8\)"),
     "value-seq": (dict(value=torch.randn(2, 4, 46, 16)), r"value.*\(2, 4, 46, 16\)"),

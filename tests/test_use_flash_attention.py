@@ -190,18 +190,52 @@ def test_several_threads_at_once():
 
 
 def test_what_cannot_be_served_goes_to_torch_or_raises(caplog):
-    """Dropout belongs to torch for now: handed on with one warning, refused when strict."""
-    q, k, v = qkv(2, 4, 9, 8)
+    """Nested tensors that are not jagged belong to torch: handed on with one warning, refused when strict."""
+    q = torch.nested.nested_tensor([torch.randn(4, n, 8) for n in (5, 9)])
     with fae.use_flash_attention():
-        for _ in range(2):
-            torch.manual_seed(0)
-            inside = F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
-    torch.manual_seed(0)
-    assert torch.equal(inside, F.scaled_dot_product_attention(q, k, v, dropout_p=0.5))
+        inside = [F.scaled_dot_product_attention(q, q, q) for _ in range(2)]
+    expected = F.scaled_dot_product_attention(q, q, q)
+    for out in inside:
+        assert all(torch.equal(a, b) for a, b in zip(out.unbind(), expected.unbind(), strict=True))
     warnings = [r for r in caplog.records if r.name == "flash_attn_ext" and r.levelname == "WARNING"]
-    assert len(warnings) <= 1 and all("dropout" in r.getMessage() for r in warnings)
-    with fae.use_flash_attention(strict=True), pytest.raises(NotImplementedError, match="dropout_p"):
-        F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
+    assert len(warnings) <= 1 and all("nested" in r.getMessage() for r in warnings)
+    with fae.use_flash_attention(strict=True), pytest.raises(TypeError, match=r"query.*jagged"):
+        F.scaled_dot_product_attention(q, q, q)
+
+
+def test_dropout_is_served():
+    """By the package's own generator of masks, so with other ones than torch's; in a module, in training only."""
+    q, k, v = qkv(2, 4, 9, 8)
+    module = nn.MultiheadAttention(32, 4, dropout=0.4, batch_first=True)
+    x = torch.randn(2, 9, 32)
+    with fae.use_flash_attention(strict=True):
+        for call, expected in (
+            (lambda: F.scaled_dot_product_attention(q, k, v, None, 0.5), None),
+            (lambda: module.train()(x, x, x, need_weights=False)[0], None),
+            (lambda: module.eval()(x, x, x, need_weights=False)[0], module.eval()(x, x, x)[0]),
+        ):
+            torch.manual_seed(3)
+            out, ours, _ = watched(call)
+            torch.manual_seed(3)
+            assert ours == 1 and torch.equal(call(), out)
+            if expected is None:
+                assert not torch.equal(call(), out)
+            else:
+                torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_jagged_tensors_are_served():
+    q = torch.nested.nested_tensor([torch.randn(n, 4, 8) for n in (5, 0, 9)], layout=torch.jagged).transpose(
+        1, 2
+    )
+    with fae.use_flash_attention(strict=True):
+        out, ours, _ = watched(lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True))
+    assert ours == 1 and out.layout == torch.jagged and out.shape == q.shape
+    for one, whole in zip(q.unbind(), out.unbind(), strict=True):
+        if one.shape[1]:
+            torch.testing.assert_close(
+                F.scaled_dot_product_attention(*[one[None]] * 3, is_causal=True)[0], whole
+            )
 
 
 def test_wrong_calls_still_raise():

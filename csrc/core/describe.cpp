@@ -1,6 +1,8 @@
 #include "core/describe.h"
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 
 namespace fae {
 
@@ -67,38 +69,97 @@ View4 view_of(const TensorDesc& t, Layout layout) {
   return view;
 }
 
+Integers integers_of(const TensorDesc& t) { return {t.data, t.stride[0], t.dtype == DType::kInt64}; }
+
+// The longest of the sequences that begin at cu_seqlens, or a bound: what was given, or their total.
+int64_t longest(const TensorDesc& cu_seqlens, int64_t total, int64_t given, bool* known) {
+  *known = true;
+  if (cu_seqlens.data && std::strcmp(cu_seqlens.device, "cpu") == 0) {
+    const Integers starts = integers_of(cu_seqlens);
+    int64_t most = 0;
+    for (int64_t b = 0; b + 1 < cu_seqlens.shape[0]; ++b)
+      most = std::max(most, starts.at(b + 1) - starts.at(b));
+    return std::min(most, total);
+  }
+  *known = given >= 0;
+  return given >= 0 ? std::min(given, total) : total;
+}
+
+void set_intervals(const CallDesc& call, Intervals* intervals) {
+  const TensorDesc &labels = call.row_labels, &bounds = call.key_bounds;
+  intervals->labels = static_cast<const int32_t*>(labels.data);
+  intervals->bounds = static_cast<const int32_t*>(bounds.data);
+  intervals->count = labels.shape[0];
+  for (int axis = 0; axis < 3; ++axis)
+    intervals->label_stride[axis] = labels.shape[axis] == 1 ? 0 : labels.stride[axis];
+  for (int axis = 0; axis < 4; ++axis)
+    intervals->bound_stride[axis] = bounds.shape[axis] == 1 ? 0 : bounds.stride[axis];
+}
+
 }  // namespace
 
-Problem make_problem(const CallDesc& call) {
+PerHead per_head(const TensorDesc& t) {
+  if (!t.present) return {};
+  const int64_t head = t.stride[t.rank - 1];
+  const bool batched = t.rank == 2 && t.shape[0] != 1;
+  return {t.data, t.dtype, {batched ? t.stride[0] : 0, head}};
+}
+
+CallSizes sizes_of(const CallDesc& call) {
   const Axes4 q = attention_axes(call.q, call.layout);
   const Axes4 k = attention_axes(call.k, call.layout);
-  const Axes4 v = attention_axes(call.v, call.layout);
+  CallSizes sizes{q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2]};
+  if (call.packed()) {
+    sizes.batch = call.cu_seqlens_q.shape[0] - 1;
+    sizes.seq_q = longest(call.cu_seqlens_q, q.shape[2], call.max_seqlen_q, &sizes.known_q);
+    sizes.seq_kv = longest(call.cu_seqlens_k, k.shape[2], call.max_seqlen_k, &sizes.known_kv);
+  }
+  return sizes;
+}
+
+Problem make_problem(const CallDesc& call) {
+  const CallSizes sizes = sizes_of(call);
   Problem p;
   p.dtype = call.q.dtype;
-  p.batch = q.shape[0];
-  p.heads_q = q.shape[1];
-  p.seq_q = q.shape[2];
-  p.dim = q.shape[3];
-  p.heads_kv = k.shape[1];
-  p.seq_kv = k.shape[2];
-  p.dim_v = v.shape[3];
+  p.batch = sizes.batch;
+  p.heads_q = sizes.heads_q;
+  p.seq_q = sizes.seq_q;
+  p.dim = attention_axes(call.q, call.layout).shape[3];
+  p.heads_kv = sizes.heads_kv;
+  p.seq_kv = sizes.seq_kv;
+  p.dim_v = attention_axes(call.v, call.layout).shape[3];
   p.q = view_of(call.q, call.layout);
   p.k = view_of(call.k, call.layout);
   p.v = view_of(call.v, call.layout);
 
   p.masking.band = make_band(call.causal, call.window_left, call.window_right, p.seq_q, p.seq_kv);
-  if (call.kv_lengths.present) {
-    p.masking.kv_lengths = {call.kv_lengths.data, call.kv_lengths.stride[0],
-                            call.kv_lengths.dtype == DType::kInt64};
+  if (call.packed() && call.cu_seqlens_q.data && call.cu_seqlens_k.data) {
+    p.packing = {integers_of(call.cu_seqlens_q),
+                 integers_of(call.cu_seqlens_k),
+                 attention_axes(call.q, call.layout).shape[2],
+                 attention_axes(call.k, call.layout).shape[2],
+                 call.causal,
+                 call.window_left,
+                 call.window_right};
   }
+  if (call.kv_lengths.present) p.masking.kv_lengths = {integers_of(call.kv_lengths)};
   int64_t ignored[4];
-  if (call.mask.present) p.masking.mask = broadcast_view(call.mask, ignored);
+  if (call.mask.present) {
+    p.masking.mask = {broadcast_view(call.mask, ignored), call.mask_block_q, call.mask_block_kv};
+  }
+  if (call.row_labels.present) set_intervals(call, &p.masking.intervals);
   if (call.bias.present) {
     p.score.bias = broadcast_view(call.bias, ignored);
     p.score.bias_dtype = call.bias.dtype;
   }
   p.score.scale = call.scale ? *call.scale : 1.0 / std::sqrt(double(p.dim));
   p.score.softcap = call.softcap;
+  p.score.alibi = per_head(call.alibi_slopes);
+  p.score.sinks = per_head(call.sinks);
+  if (call.rng_state.present) {
+    p.dropout = make_dropout(call.dropout_p, static_cast<const int64_t*>(call.rng_state.data),
+                             call.rng_state.stride[0]);
+  }
   return p;
 }
 

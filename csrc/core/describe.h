@@ -30,17 +30,30 @@ struct TensorDesc {
 };
 
 struct CallDesc {
-  TensorDesc q, k, v;     // rank 4, 3 (no batch) or 2 (one head, no batch), in `layout`
-  TensorDesc mask;        // bool, broadcastable to (batch, heads_q, seq_q, seq_kv)
-  TensorDesc bias;        // floating, same
-  TensorDesc kv_lengths;  // (batch,) int32 or int64
-  TensorDesc out;         // optional preallocated result
+  TensorDesc q, k, v;       // rank 4, 3 (no batch) or 2 (one head, no batch), in `layout`
+  TensorDesc mask;          // bool, broadcastable to (batch, heads_q, seq_q, seq_kv), or to blocks of them
+  TensorDesc bias;          // floating, broadcastable to (batch, heads_q, seq_q, seq_kv)
+  TensorDesc kv_lengths;    // (batch,) int32 or int64
+  TensorDesc out;           // optional preallocated result
+  TensorDesc alibi_slopes;  // (heads_q,) or (batch, heads_q), floating
+  TensorDesc sinks;         // (heads_q,), floating
+  TensorDesc rng_state;     // (2,) int64: seed, offset; with dropout_p > 0
+  TensorDesc row_labels;    // (n, batch or 1, seq_q) int32, see Intervals
+  TensorDesc key_bounds;    // (n, batch or 1, seq_kv, 2) int32
+  TensorDesc cu_seqlens_q, cu_seqlens_k;  // (batch + 1,) int32 or int64; q, k and v are packed then
   Layout layout = Layout::kBshd;
   Causal causal = Causal::kNone;
   int64_t window_left = -1;
   int64_t window_right = -1;
   std::optional<double> scale;  // default 1 / sqrt(dim)
   double softcap = 0.0;
+  double dropout_p = 0.0;
+  int64_t mask_block_q = 1;
+  int64_t mask_block_kv = 1;
+  int64_t max_seqlen_q = -1;  // bounds of the lengths of packed sequences; -1 unknown
+  int64_t max_seqlen_k = -1;
+
+  bool packed() const { return cu_seqlens_q.present; }
 };
 
 struct CallError {
@@ -62,9 +75,20 @@ struct Axes4 {
 };
 Axes4 attention_axes(const TensorDesc& t, Layout layout);
 
+// Sizes of a call whose shapes have been checked; of packed sequences the longest ones.
+struct CallSizes {
+  int64_t batch, heads_q, heads_kv, seq_q, seq_kv;
+  // Packed: false where no bound was given and the starts cannot be read here.
+  bool known_q = true, known_kv = true;
+};
+CallSizes sizes_of(const CallDesc& call);
+
 // Right-aligned broadcast of a rank <= 4 tensor: its shape with leading ones, and a view
 // with stride 0 where its size is 1.
 View4 broadcast_view(const TensorDesc& t, int64_t shape[4]);
+
+// A (heads_q,) or (batch, heads_q) tensor as kernels see it; absent if it is.
+PerHead per_head(const TensorDesc& t);
 
 // Requires validate(call) to have found nothing.
 Problem make_problem(const CallDesc& call);

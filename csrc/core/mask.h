@@ -1,4 +1,4 @@
-// Which keys a query may see: a diagonal band, a key length, a bool mask.
+// Which keys a query may see: a diagonal band, a key length, a bool mask, intervals.
 #pragma once
 
 #include <cstdint>
@@ -48,25 +48,72 @@ FAE_HD inline Band make_band(Causal causal, int64_t window_left, int64_t window_
 
 enum class TileClass : uint8_t { kSkip, kFull, kPartial };
 
-// kv_lengths holds int32 or int64 values, one per batch; values are clamped to
-// [0, seq_kv] where they are read.
-struct Lengths {
+// int32 or int64 values, read where they are needed.
+struct Integers {
   const void* data = nullptr;
   int64_t stride = 0;
   bool is_int64 = false;
 
+  FAE_HD bool present() const { return data != nullptr; }
+  FAE_HD int64_t at(int64_t index) const {
+    return is_int64 ? static_cast<const int64_t*>(data)[index * stride]
+                    : int64_t(static_cast<const int32_t*>(data)[index * stride]);
+  }
+};
+
+// kv_lengths, one per batch; values are clamped to [0, seq_kv].
+struct Lengths : Integers {
   FAE_HD int64_t at(int64_t b, int64_t seq_kv) const {
     if (!data) return seq_kv;
-    const int64_t n = is_int64 ? static_cast<const int64_t*>(data)[b * stride]
-                               : int64_t(static_cast<const int32_t*>(data)[b * stride]);
+    const int64_t n = Integers::at(b);
     return n < 0 ? 0 : (n > seq_kv ? seq_kv : n);
   }
 };
 
+// Query i sees key j only where bounds[m][b][j][0] <= labels[m][b][i] < bounds[m][b][j][1], for each
+// m < count. Documents, trees and prefixes are such masks, in memory linear in the lengths.
+struct Intervals {
+  const int32_t* labels = nullptr;      // (count, batch, seq_q)
+  const int32_t* bounds = nullptr;      // (count, batch, seq_kv, 2)
+  int64_t label_stride[3] = {0, 0, 0};  // stride 0 where it broadcasts
+  int64_t bound_stride[4] = {0, 0, 0, 0};
+  int64_t count = 0;
+
+  FAE_HD bool present() const { return count > 0; }
+  FAE_HD int32_t label(int64_t m, int64_t b, int64_t i) const {
+    return labels[m * label_stride[0] + b * label_stride[1] + i * label_stride[2]];
+  }
+  FAE_HD int32_t bound(int64_t m, int64_t b, int64_t j, int side) const {
+    return bounds[m * bound_stride[0] + b * bound_stride[1] + j * bound_stride[2] + side * bound_stride[3]];
+  }
+  FAE_HD bool sees(int64_t b, int64_t i, int64_t j) const {
+    for (int64_t m = 0; m < count; ++m) {
+      const int32_t x = label(m, b, i);
+      if (x < bound(m, b, j, 0) || x >= bound(m, b, j, 1)) return false;
+    }
+    return true;
+  }
+};
+
+// One byte per block of queries and keys, 0 = hidden; a block of 1 by 1 is a dense mask.
+struct BoolMask : View4 {  // (batch, head_q, query block, key block)
+  int64_t block_q = 1, block_kv = 1;
+
+  FAE_HD bool dense() const { return block_q == 1 && block_kv == 1; }
+  // Of the row of query i.
+  FAE_HD const uint8_t* row(int64_t b, int64_t head_q, int64_t i) const {
+    return static_cast<const uint8_t*>(data) + offset(b, head_q, i / block_q);
+  }
+  FAE_HD bool sees(int64_t b, int64_t head_q, int64_t i, int64_t j) const {
+    return row(b, head_q, i)[j / block_kv * stride[3]] != 0;
+  }
+};
+
 struct Masking {
-  Band band;
+  Band band;  // of sequences without lengths of their own, see Sequence
   Lengths kv_lengths;
-  View4 mask;  // one byte per element, 0 = hidden; (batch, head_q, query, key)
+  BoolMask mask;
+  Intervals intervals;
 };
 
 // Keys that at least one query in [q_begin, q_end) may see under band and length.

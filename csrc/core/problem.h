@@ -6,27 +6,49 @@
 
 #include "core/dtype.h"
 #include "core/mask.h"
+#include "core/philox.h"
 #include "core/score_mod.h"
 #include "core/tensor_view.h"
 
 namespace fae {
+
+// Sequences with lengths of their own, packed one behind the other: sequence b is rows
+// [starts_q[b], starts_q[b + 1]) of q and [starts_kv[b], starts_kv[b + 1]) of k and v.
+struct Packing {
+  Integers starts_q, starts_kv;  // (batch + 1); both or none
+  int64_t total_q = 0, total_kv = 0;
+  Causal causal = Causal::kNone;
+  int64_t window_left = -1, window_right = -1;
+
+  FAE_HD bool present() const { return starts_q.present(); }
+};
+
+// What of a problem depends on the batch.
+struct Sequence {
+  int64_t first_query = 0, first_key = 0;  // rows of q, and of k and v, that come before its own
+  int64_t seq_q = 0, seq_kv = 0;
+  int64_t kv_length = 0;  // keys at or past it are hidden
+  Band band;
+};
 
 struct Problem {
   DType dtype = DType::kFloat32;
   int64_t batch = 0;
   int64_t heads_q = 0;
   int64_t heads_kv = 0;
-  int64_t seq_q = 0;
-  int64_t seq_kv = 0;
+  int64_t seq_q = 0;   // of packed sequences: a bound of their lengths
+  int64_t seq_kv = 0;  // same
   int64_t dim = 0;
   int64_t dim_v = 0;
 
-  View4 q;  // (batch, heads_q, seq_q, dim)
+  View4 q;  // (batch, heads_q, seq_q, dim); packed: (1, heads_q, total_q, dim) with batch stride 0
   View4 k;  // (batch, heads_kv, seq_kv, dim)
   View4 v;  // (batch, heads_kv, seq_kv, dim_v)
 
   Masking masking;
   ScoreMod score;
+  Dropout dropout;
+  Packing packing;
 
   FAE_HD int64_t group() const { return heads_kv ? heads_q / heads_kv : 0; }
   // Query rows that share one K/V head: queries of all heads of a group, packed
@@ -35,6 +57,38 @@ struct Problem {
   FAE_HD int64_t packed_rows() const { return seq_q * group(); }
   // Nothing to compute: the output is empty, or all zeros for want of keys.
   FAE_HD bool has_output() const { return batch > 0 && heads_q > 0 && seq_q > 0; }
+  // Rows of q; of packed sequences also those behind the last one, whose result is 0.
+  FAE_HD bool has_rows() const {
+    return packing.present() ? heads_q > 0 && packing.total_q > 0 : has_output();
+  }
+  // Whether something may hide a key from a query: a tile of scores is not known to be full.
+  FAE_HD bool has_mask() const { return masking.mask.present() || masking.intervals.present(); }
+
+  // Whatever the starts say, it lies within q and k.
+  FAE_HD Sequence sequence(int64_t b) const {
+    Sequence s;
+    if (!packing.present()) {
+      s.seq_q = seq_q;
+      s.seq_kv = seq_kv;
+      s.band = masking.band;
+    } else {
+      place(packing.starts_q, b, packing.total_q, seq_q, &s.first_query, &s.seq_q);
+      place(packing.starts_kv, b, packing.total_kv, seq_kv, &s.first_key, &s.seq_kv);
+      s.band = make_band(packing.causal, packing.window_left, packing.window_right, s.seq_q, s.seq_kv);
+    }
+    s.kv_length = masking.kv_lengths.at(b, s.seq_kv);
+    return s;
+  }
+
+ private:
+  FAE_HD static void place(const Integers& starts, int64_t b, int64_t total, int64_t most, int64_t* first,
+                           int64_t* length) {
+    const int64_t begin = starts.at(b), end = starts.at(b + 1);
+    *first = begin < 0 ? 0 : begin > total ? total : begin;
+    *length = (end > total ? total : end) - *first;
+    if (*length < 0) *length = 0;
+    if (*length > most) *length = most;
+  }
 };
 
 // Matrix-product FLOPs of the forward pass if every key were visible.
@@ -45,13 +99,13 @@ FAE_HD inline double dense_forward_flops(const Problem& p) {
 
 // Whether query i of head_q may see key j, all rules together. Kernels decide by tiles;
 // this per-element form is for single rows and for tests.
-FAE_HD inline bool is_visible(const Problem& p, int64_t b, int64_t head_q, int64_t i, int64_t j) {
+FAE_HD inline bool is_visible(const Problem& p, const Sequence& sequence, int64_t b, int64_t head_q,
+                              int64_t i, int64_t j) {
   const Masking& m = p.masking;
-  if (j < i + m.band.lo || j > i + m.band.hi || j >= m.kv_lengths.at(b, p.seq_kv)) return false;
-  if (m.mask.present() &&
-      !static_cast<const uint8_t*>(m.mask.data)[m.mask.offset(b, head_q, i) + j * m.mask.stride[3]]) {
-    return false;
-  }
+  const Band& band = sequence.band;
+  if (j < i + band.lo || j > i + band.hi || j >= sequence.kv_length) return false;
+  if (m.mask.present() && !m.mask.sees(b, head_q, i, j)) return false;
+  if (!m.intervals.sees(b, i, j)) return false;
   const View4& bias = p.score.bias;
   if (!bias.present()) return true;
   const double x =
@@ -66,25 +120,42 @@ FAE_HD constexpr DType lse_dtype(DType t) {
   return t == DType::kFloat32 || t == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
 }
 
+// One number per query row, the rows of a head one behind the other.
+template <class Void>
+struct RowValues {
+  Void* data = nullptr;
+  int64_t batch_stride = 0, head_stride = 0;
+
+  FAE_HD bool present() const { return data != nullptr; }
+  FAE_HD int64_t index(int64_t b, int64_t head_q, int64_t row) const {
+    return b * batch_stride + head_q * head_stride + row;
+  }
+};
+
 struct ForwardCall {
   Problem problem;
-  View4 out;            // (batch, heads_q, seq_q, dim_v), in problem.dtype
-  void* lse = nullptr;  // (batch, heads_q, seq_q) contiguous, in lse_dtype(), or none
+  View4 out;            // (batch, heads_q, seq_q, dim_v), in problem.dtype; packed like q
+  RowValues<void> lse;  // (batch, heads_q, seq_q), packed (heads_q, total_q); in lse_dtype(), or none
 };
 
 struct BackwardCall {
   Problem problem;
   View4 out;                   // (batch, heads_q, seq_q, dim_v): the forward result
   View4 dout;                  // same shape
-  const void* lse = nullptr;   // (batch, heads_q, seq_q) contiguous, in lse_dtype()
-  const void* dlse = nullptr;  // same shape, or none
+  RowValues<const void> lse;   // (batch, heads_q, seq_q) in lse_dtype()
+  int64_t lse_count = 0;       // its elements
+  RowValues<const void> dlse;  // same shape and type, or none
   // What rounding took from lse, to be added to it; same shape and type. None: nothing.
-  const void* lse_low = nullptr;
+  RowValues<void> lse_low;
   View4 dq;     // (batch, heads_q, seq_q, dim)
   View4 dk;     // (batch, heads_kv, seq_kv, dim)
   View4 dv;     // (batch, heads_kv, seq_kv, dim_v)
   View4 dbias;  // bias's own shape (stride 0 where it broadcasts), score.bias_dtype; or none
   int64_t dbias_shape[4] = {0, 0, 0, 0};
+  PerHead dalibi;  // shaped like score.alibi, or none
+  PerHead dsinks;  // shaped like score.sinks, or none
+  // Terms of the two sums above, one per row like lse, in the arithmetic type: for kernels to leave.
+  RowValues<void> dalibi_rows, dsink_rows;
 };
 
 }  // namespace fae

@@ -1,7 +1,8 @@
 // Everything that can be wrong with a call, in the order a reader would check it.
 #include <cmath>
+#include <cstring>
 
-#include "core/describe.h"
+#include "core/checks.h"
 #include "core/overlap.h"
 
 namespace fae {
@@ -9,17 +10,24 @@ namespace {
 
 constexpr int64_t kMaxDim = 1024;
 
-using Kind = CallError::Kind;
+using namespace checks;
 
-struct Named {
-  const char* name;
-  const TensorDesc* tensor;
-};
-
-std::string quoted(const Named& t) { return std::string(t.name) + " has shape " + shape_text(*t.tensor); }
-
-std::string dtype_text(const TensorDesc& t) {
-  return t.dtype == DType::kOther && t.dtype_name ? t.dtype_name : name_of(t.dtype);
+// Every tensor of a call but q and out.
+constexpr int kInputs = 12;
+struct Inputs { Named list[kInputs]; };
+Inputs inputs_of(const CallDesc& call) {
+  return {{{"k", &call.k},
+           {"v", &call.v},
+           {"mask", &call.mask},
+           {"bias", &call.bias},
+           {"kv_lengths", &call.kv_lengths},
+           {"alibi_slopes", &call.alibi_slopes},
+           {"sinks", &call.sinks},
+           {"rng_state", &call.rng_state},
+           {"row_labels", &call.row_labels},
+           {"key_bounds", &call.key_bounds},
+           {"cu_seqlens_q", &call.cu_seqlens_q},
+           {"cu_seqlens_k", &call.cu_seqlens_k}}};
 }
 
 const char* layout_text(int rank, Layout layout) {
@@ -69,20 +77,20 @@ std::optional<CallError> check_dtypes(const CallDesc& call) {
     return CallError{Kind::kType,
                      "kv_lengths has dtype " + dtype_text(call.kv_lengths) + ", but must be int32 or int64"};
   }
-  return std::nullopt;
+  return check_extended_dtypes(call);
+}
+
+std::optional<CallError> check_device(const CallDesc& call, const Named& t) {
+  if (!t.tensor->present || std::strcmp(call.q.device, t.tensor->device) == 0) return std::nullopt;
+  return value_error(std::string(t.name) + " is on device " + t.tensor->device +
+                     ", but must be on q's device " + call.q.device);
 }
 
 std::optional<CallError> check_devices(const CallDesc& call) {
-  const std::string device = call.q.device;
-  for (const Named& t :
-       {Named{"k", &call.k}, Named{"v", &call.v}, Named{"mask", &call.mask}, Named{"bias", &call.bias},
-        Named{"kv_lengths", &call.kv_lengths}, Named{"out", &call.out}}) {
-    if (t.tensor->present && device != t.tensor->device) {
-      return CallError{Kind::kValue, std::string(t.name) + " is on device " + t.tensor->device +
-                                         ", but must be on q's device " + device};
-    }
+  for (const Named& t : inputs_of(call).list) {
+    if (auto e = check_device(call, t)) return e;
   }
-  return std::nullopt;
+  return check_device(call, {"out", &call.out});
 }
 
 std::optional<CallError> check_shapes(const CallDesc& call) {
@@ -116,22 +124,6 @@ std::optional<CallError> check_shapes(const CallDesc& call) {
   return std::nullopt;
 }
 
-std::optional<CallError> check_broadcast(const Named& t, const int64_t full[4]) {
-  if (!t.tensor->present) return std::nullopt;
-  bool fits = t.tensor->rank <= 4;
-  for (int axis = 0; fits && axis < t.tensor->rank; ++axis) {
-    const int64_t size = t.tensor->shape[axis], wanted = full[axis + 4 - t.tensor->rank];
-    fits = size == 1 || size == wanted;
-  }
-  if (fits) return std::nullopt;
-  TensorDesc scores;
-  scores.rank = 4;
-  for (int i = 0; i < 4; ++i) scores.shape[i] = full[i];
-  return CallError{
-      Kind::kValue,
-      quoted(t) + ", but must be broadcastable to (batch, heads_q, seq_q, seq_kv) = " + shape_text(scores)};
-}
-
 std::optional<CallError> check_out(const CallDesc& call) {
   if (!call.out.present) return std::nullopt;
   TensorDesc wanted = call.q;
@@ -149,13 +141,14 @@ std::optional<CallError> check_out(const CallDesc& call) {
                      quoted({"out", &call.out}) + " and strides " + shape_text(strides) +
                          ", so that several of its elements share memory; it must have none that do"};
   }
-  for (const Named& t :
-       {Named{"q", &call.q}, Named{"k", &call.k}, Named{"v", &call.v}, Named{"mask", &call.mask},
-        Named{"bias", &call.bias}, Named{"kv_lengths", &call.kv_lengths}}) {
-    if (t.tensor->present && share_memory(call.out, *t.tensor)) {
-      return CallError{Kind::kValue, quoted({"out", &call.out}) + " and overlaps the memory of " + t.name +
-                                         ", but must not overlap any input"};
-    }
+  const auto overlap = [&](const Named& t) -> std::optional<CallError> {
+    if (!t.tensor->present || !share_memory(call.out, *t.tensor)) return std::nullopt;
+    return value_error(quoted({"out", &call.out}) + " and overlaps the memory of " + t.name +
+                       ", but must not overlap any input");
+  };
+  if (auto e = overlap({"q", &call.q})) return e;
+  for (const Named& t : inputs_of(call).list) {
+    if (auto e = overlap(t)) return e;
   }
   return std::nullopt;
 }
@@ -183,15 +176,22 @@ std::optional<CallError> validate(const CallDesc& call) {
   if (auto e = check_dtypes(call)) return e;
   if (auto e = check_devices(call)) return e;
   if (auto e = check_shapes(call)) return e;
-  const Axes4 q = attention_axes(call.q, call.layout);
-  const int64_t scores[4] = {q.shape[0], q.shape[1], q.shape[2],
-                             attention_axes(call.k, call.layout).shape[2]};
-  if (auto e = check_broadcast({"mask", &call.mask}, scores)) return e;
-  if (auto e = check_broadcast({"bias", &call.bias}, scores)) return e;
-  if (call.kv_lengths.present && (call.kv_lengths.rank != 1 || call.kv_lengths.shape[0] != scores[0])) {
-    return CallError{Kind::kValue, quoted({"kv_lengths", &call.kv_lengths}) +
-                                       ", but must have shape (batch,) = (" + std::to_string(scores[0]) +
-                                       ",)"};
+  if (auto e = check_packing(call)) return e;
+  const CallSizes n = sizes_of(call);
+  if (auto e = check_extended(call, n)) return e;
+  const int64_t scores[4] = {n.batch, n.heads_q, n.seq_q, n.seq_kv};
+  if (call.mask_block_q == 1 && call.mask_block_kv == 1) {
+    if (auto e = check_broadcast({"mask", &call.mask}, scores, "(batch, heads_q, seq_q, seq_kv)")) return e;
+  } else {
+    const int64_t blocks[4] = {n.batch, n.heads_q, (n.seq_q + call.mask_block_q - 1) / call.mask_block_q,
+                               (n.seq_kv + call.mask_block_kv - 1) / call.mask_block_kv};
+    if (auto e = check_broadcast({"mask", &call.mask}, blocks, "(batch, heads_q, blocks_q, blocks_kv)"))
+      return e;
+  }
+  if (auto e = check_broadcast({"bias", &call.bias}, scores, "(batch, heads_q, seq_q, seq_kv)")) return e;
+  if (call.kv_lengths.present && (call.kv_lengths.rank != 1 || call.kv_lengths.shape[0] != n.batch)) {
+    return value_error(quoted({"kv_lengths", &call.kv_lengths}) + ", but must have shape (batch,) = (" +
+                       std::to_string(n.batch) + ",)");
   }
   if (auto e = check_options(call)) return e;
   return check_out(call);

@@ -30,6 +30,10 @@ struct Plan {
   int64_t block_kv = 0;  // keys packed at a time
   int64_t tasks = 0;     // per round
   int64_t chunks = 1;    // backward: row chunks per K/V head that work side by side
+  bool direct = false;   // forward of few rows: keys and values are not packed but read where they lie
+  int64_t splits = 1;    // then: ranges of keys that work side by side, split_keys each
+  int64_t split_keys = 0;
+  int64_t heads_together = 1;  // K/V heads that a task takes through the keys side by side
   int threads = 1;
   size_t worker_bytes = 0;  // workspace of one worker
   size_t shared_bytes = 0;  // workspace shared by all workers
@@ -43,6 +47,9 @@ struct Plan {
 struct Advice {
   int64_t block_q = 0;
   int64_t block_kv = 0;
+  int64_t splits = 0;  // of few rows' keys
+  // A row's result must not depend on how many rows come with it.
+  bool batch_invariant = false;
 };
 
 Plan plan_forward(const Problem& problem, Isa isa, int threads, const Advice& advice = {});

@@ -1,5 +1,6 @@
 // Runs the backward pass.
 #include <atomic>
+#include <cstring>
 #include <memory>
 #include <thread>
 
@@ -52,6 +53,60 @@ void run_chunks(const BackwardCall& call, const Plan& plan, const BackwardKernel
   });
 }
 
+double row_term(const RowValues<void>& rows, DType dtype, int64_t index) {
+  return dtype == DType::kFloat64 ? static_cast<const double*>(rows.data)[index]
+                                  : double(static_cast<const float*>(rows.data)[index]);
+}
+
+// grad[b][h], or grad[h] where it has no batches, as the sum over rows, in their order.
+void sum_rows(const Problem& p, const RowValues<void>& rows, const PerHead& grad) {
+  if (!grad.present()) return;
+  const bool batched = grad.stride[0] != 0;
+  for (int64_t h = 0; h < p.heads_q; ++h) {
+    double sum = 0;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const Sequence sequence = p.sequence(b);
+      if (batched) sum = 0;
+      for (int64_t i = 0; i < sequence.seq_q; ++i)
+        sum += row_term(rows, p.dtype, rows.index(b, h, sequence.first_query + i));
+      if (batched || b + 1 == p.batch)
+        store_from_double(grad.data, grad.dtype, b * grad.stride[0] + h * grad.stride[1], sum);
+    }
+  }
+}
+
+// Memory for one number per row, laid out like lse.
+class RowMemory {
+ public:
+  RowMemory(bool wanted, const BackwardCall& call, DType dtype)
+      : memory_(wanted ? size_t(call.lse_count) * size_of(dtype) : 0),
+        values_{memory_.data(), call.lse.batch_stride, call.lse.head_stride} {}
+  const RowValues<void>& values() const { return values_; }
+
+ private:
+  Workspace memory_;
+  RowValues<void> values_;
+};
+
+void clear_rows(const View4& x, DType dtype, int64_t heads, int64_t begin, int64_t end, int64_t columns) {
+  for (int64_t row = begin; row < end; ++row) {
+    for (int64_t h = 0; h < heads; ++h) {
+      for (int64_t c = 0; c < columns; ++c)
+        store_from_double(x.data, dtype, x.offset(0, h, row) + c * x.stride[3], 0);
+    }
+  }
+}
+
+// Gradients of rows and keys that belong to no sequence.
+void clear_gradients_behind(const BackwardCall& call) {
+  const Problem& p = call.problem;
+  const Packing& packing = p.packing;
+  const int64_t queries = packing.starts_q.at(p.batch), keys = packing.starts_kv.at(p.batch);
+  clear_rows(call.dq, p.dtype, p.heads_q, queries, packing.total_q, p.dim);
+  clear_rows(call.dk, p.dtype, p.heads_kv, keys, packing.total_kv, p.dim);
+  clear_rows(call.dv, p.dtype, p.heads_kv, keys, packing.total_kv, p.dim_v);
+}
+
 }  // namespace
 
 void backward(const BackwardCall& given, const Plan& plan, const Executor& executor) {
@@ -61,16 +116,24 @@ void backward(const BackwardCall& given, const Plan& plan, const Executor& execu
   const Workspace workspace(plan.worker_bytes * size_t(plan.threads));
   const auto own = [&](int worker) { return workspace.data() + size_t(worker) * plan.worker_bytes; };
 
+  if (given.problem.packing.present()) clear_gradients_behind(given);
   BackwardCall call = given;
   const Problem& p = call.problem;
+  const DType arithmetic = p.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  const RowMemory dalibi_rows(call.dalibi.present(), call, arithmetic);
+  const RowMemory dsink_rows(call.dsinks.present(), call, arithmetic);
+  call.dalibi_rows = dalibi_rows.values();
+  call.dsink_rows = dsink_rows.values();
   const bool far_rows = plan.tasks > 0 && p.seq_kv > 0 && kernels.log_sum.needed(call);
-  const int64_t rows = p.batch * p.heads_q * p.seq_q;
-  const Workspace lse_low(far_rows ? size_t(rows) * size_of(lse_dtype(p.dtype)) : 0);
+  const RowMemory lse_low(far_rows, call, lse_dtype(p.dtype));
   if (far_rows) {
-    for_each_task(limited, kernels.log_sum.tasks(call, plan), [&](int worker, int64_t task) {
-      kernels.log_sum.run(call, plan, task, lse_low.data(), own(worker));
-    });
-    call.lse_low = lse_low.data();
+    BackwardCall before = call;
+    before.lse_low = lse_low.values();
+    // The pass reads what it is to find out; nothing is known yet.
+    std::memset(before.lse_low.data, 0, size_t(call.lse_count) * size_of(lse_dtype(p.dtype)));
+    for_each_task(limited, kernels.log_sum.tasks(call, plan),
+                  [&](int worker, int64_t task) { kernels.log_sum.run(before, plan, task, own(worker)); });
+    call.lse_low = before.lse_low;
   }
   if (plan.tasks > 0) {
     const Workspace shared(plan.shared_bytes);
@@ -81,6 +144,8 @@ void backward(const BackwardCall& given, const Plan& plan, const Executor& execu
     for_each_task(limited, kernels.bias_grad.tasks(call, plan),
                   [&](int worker, int64_t task) { kernels.bias_grad.run(call, plan, task, own(worker)); });
   }
+  sum_rows(p, call.dalibi_rows, call.dalibi);
+  sum_rows(p, call.dsink_rows, call.dsinks);
 }
 
 }  // namespace fae::cpu

@@ -1,19 +1,84 @@
 // Plans and runs the forward pass.
 #include <algorithm>
+#include <cmath>
+#include <vector>
 
+#include "core/partial.h"
 #include "cpu/dispatch.h"
 #include "cpu/workspace.h"
 
 namespace fae::cpu {
+namespace {
+
+// Rows of q that belong to no sequence: output 0, as of rows without keys.
+void clear_rows_behind(const ForwardCall& call) {
+  const Problem& p = call.problem;
+  const DType lse = lse_dtype(p.dtype);
+  for (int64_t row = p.packing.starts_q.at(p.batch); row < p.packing.total_q; ++row) {
+    for (int64_t h = 0; h < p.heads_q; ++h) {
+      const int64_t at = call.out.offset(0, h, row);
+      for (int64_t c = 0; c < p.dim_v; ++c)
+        store_from_double(call.out.data, p.dtype, at + c * call.out.stride[3], 0);
+      if (call.lse.present()) store_from_double(call.lse.data, lse, call.lse.index(0, h, row), -INFINITY);
+    }
+  }
+}
+
+// Rows of one K/V head from what the ranges of its keys contribute, in their order.
+template <class Real>
+void merge_splits(const ForwardCall& call, const Plan& plan, const Real* parts, int64_t unit) {
+  const Problem& p = call.problem;
+  const int64_t units = p.batch * p.heads_kv, b = unit / p.heads_kv, group = p.group();
+  const Sequence sequence = p.sequence(b);
+  const int64_t each = int64_t(key_split_elements(p, plan)), rows = plan.block_q;
+  std::vector<Real> acc(static_cast<size_t>(p.dim_v));
+  for (int64_t row = 0; row < sequence.seq_q * group; ++row) {
+    std::fill(acc.begin(), acc.end(), Real(0));
+    SoftmaxState<Real> state;
+    for (int64_t split = 0; split < plan.splits; ++split) {
+      const Real* const part = parts + (split * units + unit) * each;
+      MergeFactors<Real> factors;
+      state = merge(state, SoftmaxState<Real>{part[row], part[rows + row]}, &factors);
+      const Real* const values = part + 2 * rows + row * p.dim_v;
+      // A range without visible keys counts for nothing, whatever its sums are.
+      for (int64_t c = 0; c < p.dim_v && factors.b != 0; ++c)
+        acc[size_t(c)] = factors.a * acc[size_t(c)] + factors.b * values[c];
+    }
+    const int64_t query = sequence.first_query + row / group, head = unit % p.heads_kv * group + row % group;
+    const int64_t at = call.out.offset(b, head, query);
+    const Real scale = state.sum == 0 ? Real(1) : Real(p.dropout.keep_scale) / state.sum;
+    for (int64_t c = 0; c < p.dim_v; ++c)
+      store_from_double(call.out.data, p.dtype, at + c * call.out.stride[3], double(acc[size_t(c)] * scale));
+    if (call.lse.present()) {
+      SoftmaxState<double> wide{double(state.max), double(state.sum)};
+      if (p.score.sinks.present() && state.sum == 1) {
+        const double sink = p.score.sinks.at(b, head);
+        if (state.max == Real(sink)) wide.max = sink;
+      }
+      store_from_double(call.lse.data, lse_dtype(p.dtype), call.lse.index(b, head, query), log_sum_exp(wide));
+    }
+  }
+}
+
+}  // namespace
 
 void forward(const ForwardCall& call, const Plan& plan, const Executor& executor) {
+  const Problem& p = call.problem;
+  if (p.packing.present()) clear_rows_behind(call);
   if (plan.tasks == 0) return;
-  const DTypeKernels& kernels = kernels_for(plan.isa, call.problem.dtype);
-  const Workspace workspace(plan.worker_bytes * size_t(plan.threads));
+  const DTypeKernels& kernels = kernels_for(plan.isa, p.dtype);
+  const Workspace workspace(plan.worker_bytes * size_t(plan.threads)), parts(plan.shared_bytes);
   Executor limited = executor;
   limited.threads = plan.threads;
   for_each_task(limited, plan.tasks, [&](int worker, int64_t task) {
-    kernels.forward.run(call, plan, task, workspace.data() + size_t(worker) * plan.worker_bytes);
+    kernels.forward.run(call, plan, task, parts.data(),
+                        workspace.data() + size_t(worker) * plan.worker_bytes);
+  });
+  if (plan.splits == 1) return;
+  for_each_task(limited, p.batch * p.heads_kv, [&](int, int64_t unit) {
+    const std::byte* const data = parts.data();
+    if (p.dtype == DType::kFloat64) merge_splits(call, plan, reinterpret_cast<const double*>(data), unit);
+    else merge_splits(call, plan, reinterpret_cast<const float*>(data), unit);
   });
 }
 

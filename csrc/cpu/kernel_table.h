@@ -7,9 +7,22 @@
 
 namespace fae::cpu {
 
+// What a range of keys contributes to the rows of one K/V head, to be merged by core/partial.h.
+template <class Real>
+struct KeySplit {
+  Real* max;  // [block_q], natural logarithm
+  Real* sum;  // [block_q]
+  Real* acc;  // [block_q][dim_v], unnormalised
+};
+inline size_t key_split_elements(const Problem& p, const Plan& plan) {
+  return size_t(plan.block_q * (p.dim_v + 2));
+}
+
+// With several ranges of keys, `parts` takes what range r contributes to head u of all batches' K/V heads, at
+// (r * heads + u) * key_split_elements().
 struct ForwardKernel {
   size_t (*workspace)(const ForwardCall&, const Plan&);  // bytes per worker
-  void (*run)(const ForwardCall&, const Plan&, int64_t task, std::byte* workspace);
+  void (*run)(const ForwardCall&, const Plan&, int64_t task, std::byte* parts, std::byte* workspace);
 };
 
 // dq: running sums of one K/V head's query gradients; dkv: sums of one block's dK and dV,
@@ -32,12 +45,12 @@ struct BiasGradKernel {
   void (*run)(const BackwardCall&, const Plan&, int64_t task, std::byte* workspace);
 };
 
-// A pass before the gradients, where rounding took too much from some row's lse. low: see BackwardCall.
+// A pass before the gradients, where rounding took too much from some row's lse: fills call.lse_low.
 struct LogSumKernel {
   bool (*needed)(const BackwardCall&);
   size_t (*workspace)(const BackwardCall&, const Plan&);
   int64_t (*tasks)(const BackwardCall&, const Plan&);
-  void (*run)(const BackwardCall&, const Plan&, int64_t task, void* low, std::byte* workspace);
+  void (*run)(const BackwardCall&, const Plan&, int64_t task, std::byte* workspace);
 };
 
 // How a kernel computes one dtype.

@@ -30,30 +30,71 @@ int64_t advised(int64_t advice, int64_t each, int64_t step) {
   return round_up(std::min(advice, fitting(kMostAdvisedBytes, each, step, kMostAdvised)), step);
 }
 
+// Few rows are multiplied with keys as they lie in memory (kernel/direct.h), in blocks that stay in the first
+// level of the cache, and by ranges of keys where there are few heads: their number comes from the
+// problem alone, as a row's rounding depends on it.
+constexpr int64_t kDirectRows = 8;
+constexpr int64_t kDirectBytes = 16 << 10;
+constexpr int64_t kFewestSplitKeys = 1024;
+constexpr int64_t kEnoughSplits = 16;
+constexpr int64_t kMostHeadsTogether = 32;
+
+bool wants_direct(const Problem& p, const Advice& advice) {
+  return p.packed_rows() <= kDirectRows && p.k.stride[3] == 1 && p.v.stride[3] == 1 &&
+         !advice.batch_invariant && advice.block_q == 0 && advice.block_kv == 0;
+}
+
+void plan_direct(const Problem& p, const KernelInfo& info, const Advice& advice, Plan* plan) {
+  const int64_t units = p.batch * p.heads_kv;
+  plan->direct = true;
+  plan->block_q = p.packed_rows();
+  plan->block_kv = std::min(fitting(kDirectBytes, std::max(p.dim, p.dim_v) * size_of(p.dtype), 64, 256),
+                            round_up(std::max<int64_t>(p.seq_kv, 1), 64));
+  plan->splits = advice.splits > 0
+                     ? std::min(advice.splits, ceil_div(std::max<int64_t>(p.seq_kv, 1), plan->block_kv))
+                     : std::clamp<int64_t>(p.seq_kv / kFewestSplitKeys, 1, ceil_div(kEnoughSplits, units));
+  plan->split_keys = round_up(ceil_div(p.seq_kv, plan->splits), plan->block_kv);
+  // Of no influence on any result, so threads may count: three tasks each.
+  if (p.k.stride[1] < p.k.stride[2]) {
+    const int64_t fewest = 3 * plan->threads, others = p.batch * plan->splits;
+    plan->heads_together = std::clamp<int64_t>(p.heads_kv / std::max<int64_t>(1, ceil_div(fewest, others)), 1,
+                                               kMostHeadsTogether);
+  }
+  plan->tasks = p.batch * ceil_div(p.heads_kv, plan->heads_together) * plan->splits;
+  if (plan->splits > 1) {
+    plan->shared_bytes =
+        size_t(units * plan->splits) * key_split_elements(p, *plan) * size_t(info.accumulator_bytes);
+  }
+}
+
 // (query, key) pairs that band and lengths leave visible, over all batches and heads.
 double visible_pairs(const Problem& p) {
   double pairs = 0;
   for (int64_t b = 0; b < p.batch; ++b) {
-    const int64_t length = p.masking.kv_lengths.at(b, p.seq_kv);
+    const Sequence sequence = p.sequence(b);
     double rows = 0;
-    if (p.masking.band.unbounded()) {
-      rows = double(p.seq_q) * double(length);
+    if (sequence.band.unbounded()) {
+      rows = double(sequence.seq_q) * double(sequence.kv_length);
     } else {
-      for (int64_t i = 0; i < p.seq_q; ++i) {
-        const KeyRange seen = visible_keys(p.masking.band, length, i, i + 1);
+      for (int64_t i = 0; i < sequence.seq_q; ++i) {
+        const KeyRange seen = visible_keys(sequence.band, sequence.kv_length, i, i + 1);
         rows += double(seen.end - seen.begin);
       }
     }
     pairs += rows;
-    if (!p.masking.kv_lengths.data) return rows * double(p.batch) * double(p.heads_q);
+    if (!p.masking.kv_lengths.present() && !p.packing.present()) {
+      return rows * double(p.batch) * double(p.heads_q);
+    }
   }
   return pairs * double(p.heads_q);
 }
 
 double tensor_bytes(const Problem& p) {
-  const double queries = double(p.batch) * double(p.heads_q) * double(p.seq_q);
-  const double keys = double(p.batch) * double(p.heads_kv) * double(p.seq_kv);
-  return double(size_of(p.dtype)) * (queries + keys) * double(p.dim + p.dim_v);
+  const bool packed = p.packing.present();
+  const double queries = packed ? double(p.packing.total_q) : double(p.batch) * double(p.seq_q);
+  const double keys = packed ? double(p.packing.total_kv) : double(p.batch) * double(p.seq_kv);
+  return double(size_of(p.dtype)) * (queries * double(p.heads_q) + keys * double(p.heads_kv)) *
+         double(p.dim + p.dim_v);
 }
 
 int useful_threads(double flops, int threads) {
@@ -67,6 +108,14 @@ Plan begin_plan(const Problem& p, Isa isa, const KernelInfo& info) {
   plan.register_rows = info.register_rows;
   plan.register_cols = info.register_cols;
   plan.bytes = tensor_bytes(p);
+  return plan;
+}
+
+Plan with_workspace(Plan plan, const Problem& p, const DTypeKernels& kernels) {
+  plan.threads = int(std::min<int64_t>(plan.threads, plan.tasks));
+  ForwardCall call;
+  call.problem = p;
+  plan.worker_bytes = kernels.forward.workspace(call, plan);
   return plan;
 }
 
@@ -91,6 +140,10 @@ Plan plan_forward(const Problem& p, Isa isa, int threads, const Advice& advice) 
     plan.block_q = info.register_rows;
     return plan;
   }
+  if (wants_direct(p, advice)) {
+    plan_direct(p, info, advice, &plan);
+    return with_workspace(plan, p, kernels);
+  }
   // Several tasks per thread, so that causal masks balance, unless they become so short
   // that packing the keys shows.
   const int64_t most = fitting(kRowBytes, row_bytes, info.register_rows, 768);
@@ -103,11 +156,7 @@ Plan plan_forward(const Problem& p, Isa isa, int threads, const Advice& advice) 
         std::min(advised(advice.block_q, row_bytes, info.register_rows), round_up(rows, info.register_rows));
   }
   plan.tasks = units * ceil_div(rows, plan.block_q);
-  plan.threads = int(std::min<int64_t>(plan.threads, plan.tasks));
-  ForwardCall call;
-  call.problem = p;
-  plan.worker_bytes = kernels.forward.workspace(call, plan);
-  return plan;
+  return with_workspace(plan, p, kernels);
 }
 
 Plan plan_backward(const Problem& p, Isa isa, int threads, const Advice& advice) {

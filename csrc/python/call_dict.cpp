@@ -10,7 +10,7 @@ namespace py = pybind11;
 namespace fae::python {
 namespace {
 
-// Stands for memory whose address was not given: a mask is then there, but is not read.
+// Stands for memory whose address was not given: a tensor is then there, but is not read.
 char kSomewhere[1];
 
 DType dtype_of(const std::string& name) {
@@ -22,6 +22,14 @@ DType dtype_of(const std::string& name) {
 }
 
 bool given(const py::dict& dict, const char* key) { return dict.contains(key) && !dict[key].is_none(); }
+
+// Of these only the values at a given address count; those of all others do not matter here.
+bool is_read_by_planners(const char* key) {
+  for (const char* name : {"q", "k", "v", "out", "kv_lengths", "cu_seqlens_q", "cu_seqlens_k"}) {
+    if (std::strcmp(key, name) == 0) return true;
+  }
+  return false;
+}
 
 template <class T>
 T value_or(const py::dict& dict, const char* key, T otherwise) {
@@ -58,7 +66,7 @@ TensorDesc CallFromDict::tensor(const py::dict& dict, const char* key) {
   }
   if (fields.size() > 4) {
     desc.data = reinterpret_cast<void*>(fields[4].cast<uintptr_t>());
-  } else if (std::strcmp(key, "mask") == 0 || std::strcmp(key, "bias") == 0) {
+  } else if (!is_read_by_planners(key)) {
     desc.data = kSomewhere;
   }
   return desc;
@@ -72,6 +80,13 @@ CallFromDict::CallFromDict(const py::dict& dict) {
   call_.bias = tensor(dict, "bias");
   call_.kv_lengths = tensor(dict, "kv_lengths");
   call_.out = tensor(dict, "out");
+  call_.alibi_slopes = tensor(dict, "alibi_slopes");
+  call_.sinks = tensor(dict, "sinks");
+  call_.rng_state = tensor(dict, "rng_state");
+  call_.row_labels = tensor(dict, "row_labels");
+  call_.key_bounds = tensor(dict, "key_bounds");
+  call_.cu_seqlens_q = tensor(dict, "cu_seqlens_q");
+  call_.cu_seqlens_k = tensor(dict, "cu_seqlens_k");
   const auto layout = value_or<int64_t>(dict, "layout", 0);
   const auto causal = value_or<int64_t>(dict, "causal", 0);
   if (const auto error = set_layout_and_causal(&call_, layout, causal)) throw py::value_error(error->text);
@@ -82,6 +97,11 @@ CallFromDict::CallFromDict(const py::dict& dict) {
   }
   if (given(dict, "scale")) call_.scale = dict["scale"].cast<double>();
   call_.softcap = value_or<double>(dict, "softcap", 0.0);
+  call_.dropout_p = value_or<double>(dict, "dropout_p", 0.0);
+  call_.mask_block_q = value_or<int64_t>(dict, "mask_block_q", 1);
+  call_.mask_block_kv = value_or<int64_t>(dict, "mask_block_kv", 1);
+  call_.max_seqlen_q = value_or<int64_t>(dict, "max_seqlen_q", -1);
+  call_.max_seqlen_k = value_or<int64_t>(dict, "max_seqlen_k", -1);
 }
 
 }  // namespace fae::python

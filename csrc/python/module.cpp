@@ -112,11 +112,11 @@ py::object validate_call(const py::dict& desc) {
 }
 
 py::dict plan_call(const py::dict& desc, const py::object& isa, int threads, bool backward, int64_t block_q,
-                   int64_t block_kv) {
+                   int64_t block_kv, int64_t splits, bool batch_invariant) {
   const CallFromDict described(desc);
   if (const auto error = validate(described.call())) raise(*error);
   const Problem problem = make_problem(described.call());
-  const cpu::Advice advice{block_q, block_kv};
+  const cpu::Advice advice{block_q, block_kv, splits, batch_invariant};
   const cpu::Plan plan = backward ? cpu::plan_backward(problem, isa_named(isa), threads, advice)
                                   : cpu::plan_forward(problem, isa_named(isa), threads, advice);
   py::dict result;
@@ -127,6 +127,8 @@ py::dict plan_call(const py::dict& desc, const py::object& isa, int threads, boo
   result["block_kv"] = plan.block_kv;
   result["tasks"] = plan.tasks;
   result["chunks"] = plan.chunks;
+  result["packs_keys"] = !plan.direct;
+  result["splits"] = plan.splits;
   result["threads"] = plan.threads;
   result["worker_bytes"] = plan.worker_bytes;
   result["shared_bytes"] = plan.shared_bytes;
@@ -137,12 +139,13 @@ py::dict plan_call(const py::dict& desc, const py::object& isa, int threads, boo
 }
 
 py::dict explain_call(const py::dict& desc, const py::object& isa, int threads, bool backward,
-                      int64_t block_q, int64_t block_kv) {
+                      int64_t block_q, int64_t block_kv, int64_t splits, bool batch_invariant) {
   py::dict result;
   result["error"] = validate_call(desc);
-  result["plan"] = result["error"].is_none()
-                       ? py::object(plan_call(desc, isa, threads, backward, block_q, block_kv))
-                       : py::none();
+  result["plan"] =
+      result["error"].is_none()
+          ? py::object(plan_call(desc, isa, threads, backward, block_q, block_kv, splits, batch_invariant))
+          : py::none();
   return result;
 }
 
@@ -194,11 +197,13 @@ PYBIND11_MODULE(_C, m) {
         "None if the described call is legal, else (kind, text); kind is 'value', 'type' or "
         "'not_implemented'.");
   m.def("plan", &plan_call, py::arg("desc"), py::arg("isa") = py::none(), py::arg("threads") = 1,
-        py::arg("backward") = false, py::arg("block_q") = 0, py::arg("block_kv") = 0,
-        "What the described call would run, as a dict; raises if it is not legal. Blocks are advice.");
+        py::arg("backward") = false, py::arg("block_q") = 0, py::arg("block_kv") = 0, py::arg("splits") = 0,
+        py::arg("batch_invariant") = false,
+        "What the described call would run, as a dict; raises if it is not legal. Blocks and splits are "
+        "advice.");
   m.def("explain", &explain_call, py::arg("desc"), py::arg("isa") = py::none(), py::arg("threads") = 1,
-        py::arg("backward") = false, py::arg("block_q") = 0, py::arg("block_kv") = 0,
-        "{'error': validate(desc), 'plan': plan(desc, ...) or None}.");
+        py::arg("backward") = false, py::arg("block_q") = 0, py::arg("block_kv") = 0, py::arg("splits") = 0,
+        py::arg("batch_invariant") = false, "{'error': validate(desc), 'plan': plan(desc, ...) or None}.");
   m.def("flash_attention", &flash_attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
         py::arg("causal") = false, py::arg("scale") = py::none(),
         R"(Attention of CPU arrays, written into `out`; releases the GIL.

@@ -6,31 +6,45 @@
 
 #include "torch/backend.h"
 #include "torch/boxed.h"
+#include "torch/ops.h"
 #include "torch/view.h"
 
 namespace fae::torch_ops {
 
 // What every operator takes after its leading tensors, in the order of the schemas.
 struct Options {
-  TensorRef mask;        // bool, broadcastable to (batch, heads_q, seq_q, seq_kv)
-  TensorRef bias;        // floating, same
-  TensorRef kv_lengths;  // (batch,)
-  int64_t layout;
-  int64_t causal;
-  int64_t window_left;
-  int64_t window_right;
+  TensorRef mask, bias, kv_lengths;
+  TensorRef alibi_slopes, sinks, rng_state, row_labels, key_bounds, cu_seqlens_q, cu_seqlens_k;
+  int64_t layout = 0;
+  int64_t causal = 0;
+  int64_t window_left = -1;
+  int64_t window_right = -1;
   std::optional<double> scale;
-  double softcap;
-  bool extra_result;  // return_lse, need_bias_grad
+  double softcap = 0;
+  double dropout_p = 0;
+  int64_t mask_block_q = 1, mask_block_kv = 1;
+  int64_t max_seqlen_q = -1, max_seqlen_k = -1;
+  // What a forward operator or a backward one is asked for.
+  bool return_lse = false;
+  bool need_bias_grad = false, need_slope_grad = false, need_sink_grad = false;
   RunOptions run;
 };
 
+enum class Direction { kForward, kBackward };
+
 // Only takes: an error before the stack is empty would leak what is left on it.
-Options take_options(Arguments& arguments);
+Options take_options(Arguments& arguments, Family family, Direction direction);
 
 // Describes q, k, v and the options; raises what is wrong with them, or with `out` if given.
 CallDesc describe_call(const TensorRef& q, const TensorRef& k, const TensorRef& v, const Options& options,
                        const TensorRef* out = nullptr);
+
+// A contiguous tensor of one number per row: (batch, heads_q, seq_q) or (heads_q, total_q).
+template <class Void>
+RowValues<Void> row_values(const TensorDesc& t, const CallDesc& call) {
+  const Axes4 q = attention_axes(call.q, call.layout);
+  return {t.data, call.packed() ? 0 : q.shape[1] * q.shape[2], q.shape[2]};
+}
 
 // The shape of the result: q's with v's last axis, in every rank and layout.
 void out_shape(const CallDesc& call, int64_t shape[4]);

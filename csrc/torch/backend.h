@@ -12,6 +12,8 @@ struct RunOptions {
   bool tf32 = false;           // one TF32 product for fp32 where there are such
   int64_t block_q = 0;         // advice on tile sizes, 0 for none
   int64_t block_kv = 0;
+  int64_t num_splits = 0;        // advice on ranges of keys, 0 for none
+  bool batch_invariant = false;  // a row's result must not depend on how many rows come with it
 };
 
 // Compute a valid call that has an output, on the device of its tensors; nothing is written when

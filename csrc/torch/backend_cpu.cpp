@@ -8,13 +8,13 @@ namespace fae::torch_ops {
 
 void run_forward(const ForwardCall& call, Place, const RunOptions& options) {
   const cpu::Executor executor = torch_executor();
-  const cpu::Advice advice{options.block_q, options.block_kv};
+  const cpu::Advice advice{options.block_q, options.block_kv, options.num_splits, options.batch_invariant};
   cpu::forward(call, cpu::plan_forward(call.problem, cpu::active_isa(), executor.threads, advice), executor);
 }
 
 void run_backward(const BackwardCall& call, Place, const RunOptions& options) {
   const cpu::Executor executor = torch_executor();
-  const cpu::Advice advice{options.block_q, options.block_kv};
+  const cpu::Advice advice{options.block_q, options.block_kv, options.num_splits, options.batch_invariant};
   cpu::backward(call, cpu::plan_backward(call.problem, cpu::active_isa(), executor.threads, advice),
                 executor);
 }

@@ -25,7 +25,8 @@ class EmulatedMachine {
     const Problem& p = call.problem;
     begin(p);
     write("out", call.out, {p.batch, p.heads_q, p.seq_q, p.dim_v}, p.dtype);
-    if (call.lse) write("lse", rows_of(p, call.lse), {p.batch, p.heads_q, p.seq_q, 1}, lse_dtype(p.dtype));
+    if (call.lse.present())
+      write("lse", rows_of(call.lse), {p.batch, p.heads_q, p.seq_q, 1}, lse_dtype(p.dtype));
   }
 
   EmulatedMachine(Place, const BackwardCall& call) {
@@ -35,8 +36,8 @@ class EmulatedMachine {
     const Shape rows = {p.batch, p.heads_q, p.seq_q, 1};
     read("out", call.out, result, p.dtype);
     read("dout", call.dout, result, p.dtype);
-    read("lse", rows_of(p, call.lse), rows, lse_dtype(p.dtype));
-    if (call.dlse) read("dlse", rows_of(p, call.dlse), rows, lse_dtype(p.dtype));
+    read("lse", rows_of(call.lse), rows, lse_dtype(p.dtype));
+    if (call.dlse.present()) read("dlse", rows_of(call.dlse), rows, lse_dtype(p.dtype));
     write("dq", call.dq, {p.batch, p.heads_q, p.seq_q, p.dim}, p.dtype);
     write("dk", call.dk, {p.batch, p.heads_kv, p.seq_kv, p.dim}, p.dtype);
     write("dv", call.dv, {p.batch, p.heads_kv, p.seq_kv, p.dim_v}, p.dtype);
@@ -80,8 +81,9 @@ class EmulatedMachine {
     }
   }
 
-  static View4 rows_of(const Problem& p, const void* data) {
-    return {const_cast<void*>(data), {p.heads_q * p.seq_q, p.seq_q, 1, 0}};
+  template <class Void>
+  static View4 rows_of(const RowValues<Void>& values) {
+    return {const_cast<void*>(values.data), {values.batch_stride, values.head_stride, 1, 0}};
   }
 
   static emu::Extent extent_of(const View4& view, const Shape& shape, DType dtype) {

@@ -37,6 +37,7 @@ NewTensor new_like(const TensorDesc& desc, Place place) {
 
 }  // namespace
 
+template <Family family>
 void attention_backward(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outputs*/) {
   Arguments arguments(stack);
   const TensorRef dout = arguments.tensor();
@@ -46,7 +47,7 @@ void attention_backward(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*out
   const TensorRef v = arguments.tensor();
   const TensorRef out = arguments.tensor();
   TensorRef lse = arguments.tensor();
-  const Options options = take_options(arguments);
+  const Options options = take_options(arguments, family, Direction::kBackward);
 
   const CallDesc call = describe_call(q, k, v, options);
   const TensorDesc out_desc = describe("out", out);
@@ -67,11 +68,13 @@ void attention_backward(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*out
   backward.out = attention_view(out_desc, call.layout);
   backward.dout = attention_view(dout_desc, call.layout);
   const NewTensor lse_rows = contiguous(std::move(lse), lse_desc);
-  backward.lse = lse_rows.desc.data;
+  backward.lse = row_values<const void>(lse_rows.desc, call);
+  backward.lse_count = 1;
+  for (int axis = 0; axis < lse_rank; ++axis) backward.lse_count *= shape[axis];
   NewTensor dlse_rows;
   if (dlse) {
     dlse_rows = contiguous(std::move(dlse), dlse_desc);
-    backward.dlse = dlse_rows.desc.data;
+    backward.dlse = row_values<const void>(dlse_rows.desc, call);
   }
 
   const Place place = place_of(q);
@@ -81,23 +84,35 @@ void attention_backward(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*out
   backward.dq = attention_view(dq.desc, call.layout);
   backward.dk = attention_view(dk.desc, call.layout);
   backward.dv = attention_view(dv.desc, call.layout);
-  const int64_t none = 0;
-  NewTensor dbias;
-  if (options.extra_result && call.bias.present) {
-    dbias = new_like(call.bias, place);
-    backward.dbias = broadcast_view(dbias.desc, backward.dbias_shape);
-  } else {
-    dbias = new_tensor(call.q.dtype, 1, &none, place);
-  }
+  const bool bias_grad = options.need_bias_grad && call.bias.present;
+  const bool slope_grad = options.need_slope_grad && call.alibi_slopes.present;
+  const bool sink_grad = options.need_sink_grad && call.sinks.present;
+  const auto gradient = [&](const TensorDesc& of, bool needed) {
+    const int64_t none = 0;
+    return needed ? new_like(of, place) : new_tensor(call.q.dtype, 1, &none, place);
+  };
+  NewTensor dbias = gradient(call.bias, bias_grad);
+  NewTensor dalibi = gradient(call.alibi_slopes, slope_grad);
+  NewTensor dsinks = gradient(call.sinks, sink_grad);
+  if (bias_grad) backward.dbias = broadcast_view(dbias.desc, backward.dbias_shape);
+  if (slope_grad) backward.dalibi = per_head(dalibi.desc);
+  if (sink_grad) backward.dsinks = per_head(dsinks.desc);
   if (backward.problem.has_output() && backward.problem.seq_kv > 0) {
     run_backward(backward, place, options.run);
   } else {
-    for (const NewTensor* grad : {&dq, &dk, &dv, &dbias}) fill_with_zeros(*grad);
+    for (const NewTensor* grad : {&dq, &dk, &dv, &dbias, &dalibi, &dsinks}) fill_with_zeros(*grad);
   }
   give(&stack[0], std::move(dq.tensor));
   give(&stack[1], std::move(dk.tensor));
   give(&stack[2], std::move(dv.tensor));
   give(&stack[3], std::move(dbias.tensor));
+  if constexpr (family == Family::kExtended) {
+    give(&stack[4], std::move(dalibi.tensor));
+    give(&stack[5], std::move(dsinks.tensor));
+  }
 }
+
+template void attention_backward<Family::kPlain>(StableIValue*, uint64_t, uint64_t);
+template void attention_backward<Family::kExtended>(StableIValue*, uint64_t, uint64_t);
 
 }  // namespace fae::torch_ops

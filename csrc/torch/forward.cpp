@@ -12,21 +12,22 @@ TensorRef compute(const CallDesc& call, const TensorDesc& out, const Options& op
   forward.out = attention_view(out, call.layout);
 
   int64_t shape[3] = {0, 0, 0};
-  const int rank = options.extra_result ? lse_shape(call.q, call.layout, shape) : 1;
+  const int rank = options.return_lse ? lse_shape(call.q, call.layout, shape) : 1;
   NewTensor lse = new_tensor(lse_dtype(call.q.dtype), rank, shape, place);
-  if (options.extra_result) forward.lse = lse.desc.data;
-  if (forward.problem.has_output()) run_forward(forward, place, options.run);
+  if (options.return_lse) forward.lse = row_values<void>(lse.desc, call);
+  if (forward.problem.has_rows()) run_forward(forward, place, options.run);
   return std::move(lse.tensor);
 }
 
 }  // namespace
 
+template <Family family>
 void attention_forward(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outputs*/) {
   Arguments arguments(stack);
   const TensorRef q = arguments.tensor();
   const TensorRef k = arguments.tensor();
   const TensorRef v = arguments.tensor();
-  const Options options = take_options(arguments);
+  const Options options = take_options(arguments, family, Direction::kForward);
   const CallDesc call = describe_call(q, k, v, options);
 
   int64_t shape[4];
@@ -38,15 +39,21 @@ void attention_forward(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outp
   give(&stack[1], std::move(lse));
 }
 
+template <Family family>
 void attention_forward_out(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outputs*/) {
   Arguments arguments(stack);
   const TensorRef q = arguments.tensor();
   const TensorRef k = arguments.tensor();
   const TensorRef v = arguments.tensor();
   const TensorRef out = arguments.tensor();
-  const Options options = take_options(arguments);
+  const Options options = take_options(arguments, family, Direction::kForward);
   const CallDesc call = describe_call(q, k, v, options, &out);
   give(&stack[0], compute(call, call.out, options, place_of(q)));
 }
+
+template void attention_forward<Family::kPlain>(StableIValue*, uint64_t, uint64_t);
+template void attention_forward<Family::kExtended>(StableIValue*, uint64_t, uint64_t);
+template void attention_forward_out<Family::kPlain>(StableIValue*, uint64_t, uint64_t);
+template void attention_forward_out<Family::kExtended>(StableIValue*, uint64_t, uint64_t);
 
 }  // namespace fae::torch_ops

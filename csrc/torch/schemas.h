@@ -10,42 +10,76 @@
 
 namespace fae::torch_ops {
 
+// The plain operators take what most calls need; every argument costs a small call time. The extended
+// ones, NAME_extended..., take everything.
 // layout: 0 bshd, 1 bhsd. causal: 0 none, 1 bottom right, 2 top left.
 // window_left, window_right: -1 unbounded. scale: none for 1 / sqrt(dim).
 inline const std::string kOptions =
     "Tensor? mask, Tensor? bias, Tensor? kv_lengths, "
     "int layout, int causal, int window_left, int window_right, float? scale, float softcap";
 
-// For CUDA, deterministic: the gradients, bitwise from run to run; tf32: one TF32 product for fp32
-// instead of three. For the CPU, block_q, block_kv: advice on tile sizes, 0 for none.
-inline const std::string kAdvice =
-    ", bool deterministic=False, bool tf32=False, int block_q=0, int block_kv=0";
+// rng_state: seed and offset of dropout. row_labels, key_bounds: see Intervals in core/mask.h. With
+// cu_seqlens_q and cu_seqlens_k, q, k and v are packed sequences; max_seqlen: bounds of their lengths, -1
+// unknown.
+inline const std::string kExtendedOptions =
+    "Tensor? mask, Tensor? bias, Tensor? kv_lengths, Tensor? alibi_slopes, Tensor? sinks, Tensor? rng_state, "
+    "Tensor? row_labels, Tensor? key_bounds, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "int layout, int causal, int window_left, int window_right, float? scale, float softcap, "
+    "float dropout_p, int mask_block_q, int mask_block_kv, int max_seqlen_q, int max_seqlen_k";
 
-// lse, dbias: an empty (0,) tensor when not asked for.
-inline const std::string kForward = "(Tensor q, Tensor k, Tensor v, " + kOptions + ", bool return_lse" +
-                                    kAdvice + ") -> (Tensor out, Tensor lse)";
-inline const std::string kForwardOut = "(Tensor q, Tensor k, Tensor v, Tensor(a!) out, " + kOptions +
-                                       ", bool return_lse" + kAdvice + ") -> Tensor lse";
-inline const std::string kBackward =
-    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " + kOptions +
-    ", bool need_bias_grad" + kAdvice + ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)";
+// For CUDA, deterministic: the gradients, bitwise from run to run; tf32: one TF32 product for fp32
+// instead of three. For the CPU: advice on tile sizes and on the ranges that few rows' keys are cut into, 0
+// for none, and whether a row's result must not depend on how many rows come with it.
+inline const std::string kAdvice =
+    ", bool deterministic=False, bool tf32=False, int block_q=0, int block_kv=0, int num_splits=0, "
+    "bool batch_invariant=False";
+
+// lse and gradients that are not asked for: an empty (0,) tensor.
+inline std::string forward_schema(const std::string& options) {
+  return "(Tensor q, Tensor k, Tensor v, " + options + ", bool return_lse" + kAdvice +
+         ") -> (Tensor out, Tensor lse)";
+}
+inline std::string forward_out_schema(const std::string& options) {
+  return "(Tensor q, Tensor k, Tensor v, Tensor(a!) out, " + options + ", bool return_lse" + kAdvice +
+         ") -> Tensor lse";
+}
+inline std::string backward_schema(const std::string& options, const std::string& needs,
+                                   const std::string& grads) {
+  return "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " + options +
+         ", " + needs + kAdvice + ") -> (Tensor dq, Tensor dk, Tensor dv, " + grads + ")";
+}
 
 // `name` is differentiable (the package registers its gradient); name_forward is the same
 // kernel without that layer, whose price a small call would feel.
 template <class Library>
+void define_family(Library& m, const std::string& name, const std::string& options, const std::string& needs,
+                   const std::string& grads) {
+  m.def((name + forward_schema(options)).c_str());
+  m.def((name + "_forward" + forward_schema(options)).c_str());
+  m.def((name + "_forward_out" + forward_out_schema(options)).c_str());
+  m.def((name + "_backward" + backward_schema(options, needs, grads)).c_str());
+}
+
+template <class Library>
 void define(Library& m, const std::string& name) {
-  m.def((name + kForward).c_str());
-  m.def((name + "_forward" + kForward).c_str());
-  m.def((name + "_forward_out" + kForwardOut).c_str());
-  m.def((name + "_backward" + kBackward).c_str());
+  define_family(m, name, kOptions, "bool need_bias_grad", "Tensor dbias");
+  define_family(m, name + "_extended", kExtendedOptions,
+                "bool need_bias_grad, bool need_slope_grad, bool need_sink_grad",
+                "Tensor dbias, Tensor dalibi_slopes, Tensor dsinks");
+}
+
+template <Family family, class Library>
+void implement_family(Library& m, const std::string& name) {
+  m.impl(name.c_str(), &reporting<attention_forward<family>>);
+  m.impl((name + "_forward").c_str(), &reporting<attention_forward<family>>);
+  m.impl((name + "_forward_out").c_str(), &reporting<attention_forward_out<family>>);
+  m.impl((name + "_backward").c_str(), &reporting<attention_backward<family>>);
 }
 
 template <class Library>
 void implement(Library& m, const std::string& name) {
-  m.impl(name.c_str(), &reporting<attention_forward>);
-  m.impl((name + "_forward").c_str(), &reporting<attention_forward>);
-  m.impl((name + "_forward_out").c_str(), &reporting<attention_forward_out>);
-  m.impl((name + "_backward").c_str(), &reporting<attention_backward>);
+  implement_family<Family::kPlain>(m, name);
+  implement_family<Family::kExtended>(m, name + "_extended");
 }
 
 }  // namespace fae::torch_ops

@@ -100,17 +100,17 @@ void HostTensor::fill(double x) {
 Case::Case(const CaseSpec& s, uint32_t seed) : spec(s) {
   const Strides plain = s.strides == Strides::kBroadcastKv ? Strides::kContiguous : s.strides;
   const auto tensor = [&](int64_t heads, int64_t rows, int64_t columns, Strides strides) {
-    const int64_t shape[4] = {s.batch, heads, rows, columns};
+    const int64_t shape[4] = {packed() ? 1 : s.batch, heads, rows, columns};
     return HostTensor(s.dtype, shape, s.layout, strides);
   };
-  q = tensor(s.heads_q, s.seq_q, s.dim, plain);
-  k = tensor(s.heads_kv, s.seq_kv, s.dim, s.strides);
-  v = tensor(s.heads_kv, s.seq_kv, s.dim_v, s.strides);
-  out = tensor(s.heads_q, s.seq_q, s.dim_v, plain);
-  dout = tensor(s.heads_q, s.seq_q, s.dim_v, plain);
-  dq = tensor(s.heads_q, s.seq_q, s.dim, plain);
-  dk = tensor(s.heads_kv, s.seq_kv, s.dim, plain);
-  dv = tensor(s.heads_kv, s.seq_kv, s.dim_v, plain);
+  q = tensor(s.heads_q, rows_q(), s.dim, plain);
+  k = tensor(s.heads_kv, rows_kv(), s.dim, s.strides);
+  v = tensor(s.heads_kv, rows_kv(), s.dim_v, s.strides);
+  out = tensor(s.heads_q, rows_q(), s.dim_v, plain);
+  dout = tensor(s.heads_q, rows_q(), s.dim_v, plain);
+  dq = tensor(s.heads_q, rows_q(), s.dim, plain);
+  dk = tensor(s.heads_kv, rows_kv(), s.dim, plain);
+  dv = tensor(s.heads_kv, rows_kv(), s.dim_v, plain);
   q.fill_normal(seed);
   k.fill_normal(seed + 1);
   v.fill_normal(seed + 2);
@@ -125,9 +125,9 @@ Case::Case(const CaseSpec& s, uint32_t seed) : spec(s) {
   p.seq_kv = s.seq_kv;
   p.dim = s.dim;
   p.dim_v = s.dim_v;
-  p.q = q.view();
-  p.k = k.view();
-  p.v = v.view();
+  p.q = one_batch(q);
+  p.k = one_batch(k);
+  p.v = one_batch(v);
   p.masking.band = make_band(s.causal, s.window_left, s.window_right, s.seq_q, s.seq_kv);
   p.score.scale = s.scale ? *s.scale : 1 / std::sqrt(double(s.dim));
   p.score.softcap = s.softcap;
@@ -135,11 +135,14 @@ Case::Case(const CaseSpec& s, uint32_t seed) : spec(s) {
   std::mt19937 random(seed + 4);
   std::uniform_real_distribution<double> uniform(0, 1);
   if (s.mask != Extent::kNone) {
-    const Shape4 shape = extent_shape(s.mask, s);
+    CaseSpec blocks = s;
+    blocks.seq_q = (s.seq_q + s.mask_block_q - 1) / s.mask_block_q;
+    blocks.seq_kv = (s.seq_kv + s.mask_block_kv - 1) / s.mask_block_kv;
+    const Shape4 shape = extent_shape(s.mask, blocks);
     mask.emplace(size_t(shape.n[0] * shape.n[1] * shape.n[2] * shape.n[3]));
     for (uint8_t& x : *mask) x = uniform(random) < s.mask_visible;
     View4 view{mask->data(), {shape.n[1] * shape.n[2] * shape.n[3], shape.n[2] * shape.n[3], shape.n[3], 1}};
-    p.masking.mask = broadcast(view, shape.n);
+    p.masking.mask = {broadcast(view, shape.n), s.mask_block_q, s.mask_block_kv};
   }
   if (s.bias != Extent::kNone) {
     const Shape4 shape = extent_shape(s.bias, s);
@@ -163,6 +166,7 @@ Case::Case(const CaseSpec& s, uint32_t seed) : spec(s) {
       p.masking.kv_lengths = {lengths64->data(), 1, true};
     }
   }
+  add_extras(seed);
   lse.emplace(size_t(lse_count() * size_of(lse_dtype())));
   if (s.dlse) {
     dlse.emplace(size_t(lse_count() * size_of(lse_dtype())));
@@ -172,25 +176,93 @@ Case::Case(const CaseSpec& s, uint32_t seed) : spec(s) {
   clear_results();
 }
 
+// Everything that only extended calls have.
+void Case::add_extras(uint32_t seed) {
+  const CaseSpec& s = spec;
+  Problem& p = problem;
+  std::mt19937 random(seed + 6);
+  const DType own = s.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  const auto per_head = [&](HostTensor* t, HostTensor* gradient, bool per_batch) {
+    const int64_t shape[4] = {per_batch ? s.batch : 1, s.heads_q, 1, 1};
+    *t = HostTensor(own, shape, Layout::kBhsd, Strides::kContiguous);
+    *gradient = HostTensor(own, shape, Layout::kBhsd, Strides::kContiguous);
+    return head_values(*t);
+  };
+  if (s.alibi) {
+    p.score.alibi = per_head(&slopes, &dalibi, s.alibi_per_batch);
+    // Scores of a size that fp32 holds well.
+    slopes.fill_normal(seed + 7, std::min(0.2, 16.0 / double(s.seq_kv)));
+  }
+  if (s.sinks) {
+    p.score.sinks = per_head(&sinks, &dsinks, false);
+    sinks.fill_normal(seed + 8);
+  }
+  if (s.dropout_p > 0) p.dropout = make_dropout(s.dropout_p, rng_state, 1);
+  // Queries of few kinds, keys that end at about their own place or begin before it.
+  if (s.intervals > 0) {
+    for (int64_t n = s.intervals * s.batch * s.seq_q; n > 0; --n)
+      labels.push_back(int32_t(n * 7 / (s.seq_q + 1) % 5));
+    for (int64_t n = s.intervals * s.batch * s.seq_kv; n > 0; --n) {
+      const int32_t low = int32_t(random() % 3);
+      bounds.push_back(low);
+      bounds.push_back(low + int32_t(random() % 4));
+    }
+    Intervals& x = p.masking.intervals;
+    x = {labels.data(),
+         bounds.data(),
+         {s.batch * s.seq_q, s.seq_q, 1},
+         {s.batch * s.seq_kv * 2, s.seq_kv * 2, 2, 1},
+         s.intervals};
+  }
+  if (packed()) {
+    p.packing = {{spec.starts_q.data(), 1, false},
+                 {spec.starts_kv.data(), 1, false},
+                 rows_q(),
+                 rows_kv(),
+                 s.causal,
+                 s.window_left,
+                 s.window_right};
+  }
+}
+
+PerHead Case::head_values(const HostTensor& t) {
+  const View4 view = t.view();
+  return {view.data, t.dtype(), {t.shape()[0] == 1 ? 0 : view.stride[0], view.stride[1]}};
+}
+
+View4 Case::one_batch(const HostTensor& t) const {
+  View4 view = t.view();
+  if (packed()) view.stride[0] = 0;
+  return view;
+}
+
+template <class Void>
+RowValues<Void> Case::rows_of(void* data) const {
+  return {data, packed() ? 0 : spec.heads_q * spec.seq_q, rows_q()};
+}
+
 void Case::clear_results() {
-  for (HostTensor* t : {&out, &dq, &dk, &dv, &dbias}) t->fill(std::nan(""));
+  for (HostTensor* t : {&out, &dq, &dk, &dv, &dbias, &dalibi, &dsinks}) t->fill(std::nan(""));
   if (lse->size()) memset(lse->data(), 0xff, lse->size());
 }
 
 std::vector<double> Case::lse_values() const { return lse_of(lse, lse_dtype(), lse_count()); }
 
-ForwardCall Case::forward_call() { return {problem, out.view(), lse->data()}; }
+ForwardCall Case::forward_call() { return {problem, one_batch(out), rows_of<void>(lse->data())}; }
 
 BackwardCall Case::backward_call() {
   BackwardCall call;
   call.problem = problem;
-  call.out = out.view();
-  call.dout = dout.view();
-  call.lse = lse->data();
-  call.dlse = dlse ? dlse->data() : nullptr;
-  call.dq = dq.view();
-  call.dk = dk.view();
-  call.dv = dv.view();
+  call.out = one_batch(out);
+  call.dout = one_batch(dout);
+  call.lse = rows_of<const void>(lse->data());
+  call.lse_count = lse_count();
+  if (dlse) call.dlse = rows_of<const void>(dlse->data());
+  call.dq = one_batch(dq);
+  call.dk = one_batch(dk);
+  call.dv = one_batch(dv);
+  if (spec.alibi) call.dalibi = head_values(dalibi);
+  if (spec.sinks) call.dsinks = head_values(dsinks);
   if (spec.bias != Extent::kNone) {
     call.dbias = broadcast(dbias.view(), dbias.shape());
     std::copy(dbias.shape(), dbias.shape() + 4, call.dbias_shape);
@@ -213,10 +285,11 @@ ForwardResult run_forward(Case& c, cpu::Isa isa, int threads, int64_t block_q) {
 
 BackwardResult run_backward(Case& c, cpu::Isa isa, int threads) {
   run_forward(c, isa, threads);
-  for (HostTensor* t : {&c.dq, &c.dk, &c.dv, &c.dbias}) t->fill(std::nan(""));
+  for (HostTensor* t : {&c.dq, &c.dk, &c.dv, &c.dbias, &c.dalibi, &c.dsinks}) t->fill(std::nan(""));
   const BackwardCall call = c.backward_call();
   cpu::backward(call, cpu::plan_backward(c.problem, isa, threads), cpu::std_executor(threads));
-  return {c.dq.values(), c.dk.values(), c.dv.values(), c.dbias.values()};
+  return {c.dq.values(),    c.dk.values(),     c.dv.values(),
+          c.dbias.values(), c.dalibi.values(), c.dsinks.values()};
 }
 
 namespace {
@@ -236,7 +309,10 @@ Case widened(const Case& c) {
   copy(c.v, &wide.v);
   copy(c.dout, &wide.dout);
   copy(c.bias, &wide.bias);
+  copy(c.slopes, &wide.slopes);
+  copy(c.sinks, &wide.sinks);
   wide.problem.masking = c.problem.masking;
+  wide.problem.dropout = c.problem.dropout;
   for (int64_t i = 0; c.dlse && i < c.lse_count(); ++i) {
     store_from_double(wide.dlse->data(), DType::kFloat64, i,
                       load_as_double(c.dlse->data(), c.lse_dtype(), i));
@@ -255,7 +331,8 @@ ForwardResult exact_forward(Case& c) {
 BackwardResult exact_backward(Case& c) {
   Case wide = widened(c);
   cpu::reference_backward(wide.backward_call());
-  return {wide.dq.values(), wide.dk.values(), wide.dv.values(), wide.dbias.values()};
+  return {wide.dq.values(),    wide.dk.values(),     wide.dv.values(),
+          wide.dbias.values(), wide.dalibi.values(), wide.dsinks.values()};
 }
 
 bool identical(const std::vector<double>& a, const std::vector<double>& b) {

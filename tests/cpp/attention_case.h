@@ -34,6 +34,12 @@ struct CaseSpec {
   std::vector<int64_t> kv_lengths;
   bool int32_lengths = false;
   bool dlse = false;  // a gradient arrives through lse too
+  bool alibi = false, alibi_per_batch = false;
+  bool sinks = false;
+  double dropout_p = 0;
+  int64_t intervals = 0;                        // interval masks
+  int64_t mask_block_q = 1, mask_block_kv = 1;  // a mask of extent kFull then has blocks
+  std::vector<int32_t> starts_q, starts_kv;     // packed sequences: then seq_q and seq_kv are the longest
   Layout layout = Layout::kBshd;
   Strides strides = Strides::kContiguous;
 };
@@ -71,22 +77,36 @@ struct Case {
   CaseSpec spec;
   Problem problem;
   HostTensor q, k, v, bias, dout, out, dq, dk, dv, dbias;
+  HostTensor slopes, sinks, dalibi, dsinks;  // (batch or 1, heads_q, 1, 1)
+  std::vector<int32_t> labels, bounds;       // (intervals, batch, seq_q), (intervals, batch, seq_kv, 2)
+  int64_t rng_state[2] = {1234567, 89};
   std::optional<Guarded<uint8_t>> mask;
   std::optional<Guarded<int64_t>> lengths64;
   std::optional<Guarded<int32_t>> lengths32;
   std::optional<Guarded<std::byte>> lse, dlse;
 
   DType lse_dtype() const { return fae::lse_dtype(spec.dtype); }
-  int64_t lse_count() const { return spec.batch * spec.heads_q * spec.seq_q; }
+  bool packed() const { return !spec.starts_q.empty(); }
+  // Rows of q and of k, in one batch.
+  int64_t rows_q() const { return packed() ? spec.starts_q.back() + 2 : spec.seq_q; }
+  int64_t rows_kv() const { return packed() ? spec.starts_kv.back() + 3 : spec.seq_kv; }
+  int64_t lse_count() const { return (packed() ? 1 : spec.batch) * spec.heads_q * rows_q(); }
   std::vector<double> lse_values() const;
   ForwardCall forward_call();
   BackwardCall backward_call();
   // Poisons everything that forward and backward write.
   void clear_results();
+
+ private:
+  void add_extras(uint32_t seed);
+  static PerHead head_values(const HostTensor& t);
+  View4 one_batch(const HostTensor& t) const;
+  template <class Void>
+  RowValues<Void> rows_of(void* data) const;
 };
 
 struct ForwardResult { std::vector<double> out, lse; };
-struct BackwardResult { std::vector<double> dq, dk, dv, dbias; };
+struct BackwardResult { std::vector<double> dq, dk, dv, dbias, dalibi, dsinks; };
 
 // With the kernels of an ISA; block_q overrides the planner's choice when positive.
 ForwardResult run_forward(Case& c, cpu::Isa isa, int threads = 1, int64_t block_q = 0);

@@ -16,11 +16,13 @@ void expect_close(const Case& c, const BackwardResult& got, const BackwardResult
   EXPECT_EQ(mismatch(got.dk, wanted.dk, tolerance), "") << "dk";
   EXPECT_EQ(mismatch(got.dv, wanted.dv, tolerance), "") << "dv";
   EXPECT_EQ(mismatch(got.dbias, wanted.dbias, bias_tolerance), "") << "dbias";
+  EXPECT_EQ(mismatch(got.dalibi, wanted.dalibi, tolerance), "") << "dalibi";
+  EXPECT_EQ(mismatch(got.dsinks, wanted.dsinks, tolerance), "") << "dsinks";
 }
 
 bool identical_all(const BackwardResult& a, const BackwardResult& b) {
   return identical(a.dq, b.dq) && identical(a.dk, b.dk) && identical(a.dv, b.dv) &&
-         identical(a.dbias, b.dbias);
+         identical(a.dbias, b.dbias) && identical(a.dalibi, b.dalibi) && identical(a.dsinks, b.dsinks);
 }
 
 TEST_P(Backward, MatchesTheOracle) {
@@ -105,8 +107,8 @@ TEST_P(Backward, HiddenIsExactlyZero) {
 
 // A NaN or Inf in q, k, v or dout touches only gradients of the rows and keys that meet it.
 TEST_P(Backward, SpecialValuesReachOnlyWhatSeesThem) {
-  for (const char* name :
-       {"causal_square", "window_causal", "mask_full", "bias_hides", "lengths_causal", "group_3"}) {
+  for (const char* name : {"causal_square", "window_causal", "mask_full", "bias_hides", "lengths_causal",
+                           "group_3", "intervals", "blocks", "packed_causal", "sinks_mask"}) {
     for (DType t : kDTypes) {
       for (int which = 0; which < 4; ++which) {
         const char* places[] = {"q", "k", "v", "dout"};
@@ -123,8 +125,8 @@ TEST_P(Backward, SpecialValuesReachOnlyWhatSeesThem) {
 
 // The directional derivative of <dout, out> by central differences, in float64.
 TEST_P(Backward, AgreesWithFiniteDifferences) {
-  for (const char* name :
-       {"ragged", "group_3", "causal_wide", "bias_per_batch", "softcap_bias_mask_causal"}) {
+  for (const char* name : {"ragged", "group_3", "causal_wide", "bias_per_batch", "softcap_bias_mask_causal",
+                           "everything", "packed_everything"}) {
     SCOPED_TRACE(name);
     CaseSpec spec = case_named(name, DType::kFloat64);
     spec.bias_dtype = DType::kFloat64;
@@ -141,7 +143,8 @@ TEST_P(Backward, AgreesWithFiniteDifferences) {
     const struct {
       HostTensor* x;
       const std::vector<double>* gradient;
-    } inputs[] = {{&c.q, &grad.dq}, {&c.k, &grad.dk}, {&c.v, &grad.dv}, {&c.bias, &grad.dbias}};
+    } inputs[] = {{&c.q, &grad.dq},       {&c.k, &grad.dk},          {&c.v, &grad.dv},
+                  {&c.bias, &grad.dbias}, {&c.slopes, &grad.dalibi}, {&c.sinks, &grad.dsinks}};
     for (const auto& in : inputs) {
       if (in.x->count() == 0) continue;
       for (int64_t pick = 0; pick < 3; ++pick) {

@@ -88,7 +88,7 @@ void run_planned(Ranges& ranges, Case& c, const ForwardCall& call, size_t lse_by
   set_options(run);
   ranges.inputs(c);
   ranges.write(c.out, "out");
-  if (call.lse) ranges.write(call.lse, lse_bytes, "lse");
+  if (call.lse.present()) ranges.write(call.lse.data, lse_bytes, "lse");
   const cuda::Plan plan = cuda::plan_forward(call.problem, run.device, run.options);
   require(plan);
   cuda::forward(call, plan, nullptr);

@@ -19,7 +19,7 @@ TEST_P(CudaInvariance, LseIsOptional) {
   const ForwardResult with = run_forward(c, EmulatedRun());
   c.clear_results();
   ForwardCall call = c.forward_call();
-  call.lse = nullptr;
+  call.lse = {};
   launch_forward(c, call, 0, {});
   EXPECT_TRUE(identical(c.out.values(), with.out));
 }
@@ -64,7 +64,7 @@ TEST_P(CudaInvariance, ForwardDoesNotDependOnOtherRows) {
       band.lo += begin;
       band.hi += begin;
       std::vector<double> lse(size_t(spec.heads_q * rows));
-      call.lse = lse.data();
+      call.lse.data = lse.data();
       launch_forward(c, call, lse.size() * size_t(size_of(c.lse_dtype())), {});
       for (int64_t h = 0; h < spec.heads_q; ++h) {
         for (int64_t i = 0; i < rows; ++i) {

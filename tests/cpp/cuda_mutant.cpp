@@ -119,7 +119,7 @@ std::string wrong_bits(Case& c, const EmulatedRun& run) {
   call.out.data = static_cast<std::byte*>(call.out.data) + begin * call.out.stride[2] * size;
   call.problem.masking.band.lo += begin;
   call.problem.masking.band.hi += begin;
-  call.lse = nullptr;
+  call.lse = {};
   launch_forward(c, call, 0, run);
   return identical(c.out.values(), whole.out) ? "" : "bits depend on the other rows";
 }

@@ -30,7 +30,7 @@ TEST_P(Forward, LseIsOptional) {
     Case c(case_named("group_3", t));
     const ForwardResult with = run_forward(c, GetParam());
     ForwardCall call = c.forward_call();
-    call.lse = nullptr;
+    call.lse = {};
     c.clear_results();
     cpu::forward(call, cpu::plan_forward(c.problem, GetParam(), 1), cpu::Executor{});
     EXPECT_TRUE(identical(c.out.values(), with.out)) << fae::name_of(t);
@@ -39,8 +39,9 @@ TEST_P(Forward, LseIsOptional) {
 
 // How rows are shared out never changes a bit of them.
 TEST_P(Forward, DoesNotDependOnBlockQ) {
-  for (const char* name : {"ragged", "group_3", "causal_wide", "window_causal", "lengths_causal", "mask_full",
-                           "softcap_bias_mask_causal", "key_blocks", "decode"}) {
+  for (const char* name :
+       {"ragged", "group_3", "causal_wide", "window_causal", "lengths_causal", "mask_full",
+        "softcap_bias_mask_causal", "key_blocks", "decode", "intervals", "blocks", "everything"}) {
     for (DType t : kDTypes) {
       Case c(case_named(name, t));
       const ForwardResult whole = run_forward(c, GetParam());

@@ -5,7 +5,7 @@
 
 #include <string>
 
-#include "kernel_cases.h"
+#include "extended_cases.h"
 
 namespace fae::testing {
 
@@ -37,10 +37,16 @@ class KernelTest : public ::testing::TestWithParam<cpu::Isa> {};
   INSTANTIATE_TEST_SUITE_P(Isa, Suite, ::testing::ValuesIn(::fae::cpu::available_isas()), \
                            [](const auto& info) { return std::string(::fae::cpu::name_of(info.param)); })
 
+inline std::vector<CaseSpec> all_cases() {
+  std::vector<CaseSpec> all = kernel_cases();
+  all.insert(all.end(), extended_cases().begin(), extended_cases().end());
+  return all;
+}
+
 // fn(spec) for each case in each dtype, traced by name.
 template <class Fn>
 void for_each_case(Fn&& fn) {
-  for (CaseSpec spec : kernel_cases()) {
+  for (CaseSpec spec : all_cases()) {
     for (DType t : kDTypes) {
       spec.dtype = t;
       SCOPED_TRACE(spec.name + " " + fae::name_of(t));
@@ -50,7 +56,7 @@ void for_each_case(Fn&& fn) {
 }
 
 inline CaseSpec case_named(const std::string& name, DType t = DType::kFloat32) {
-  for (CaseSpec spec : kernel_cases()) {
+  for (CaseSpec spec : all_cases()) {
     if (spec.name != name) continue;
     spec.dtype = t;
     return spec;

@@ -58,8 +58,8 @@ constexpr int kMaxRows = 16;
 
 template <class Real>
 struct ScoreProbe {
-  void (*finish)(const Problem& p, int64_t b, int64_t kv_length, bool partial, bool masked,
-                 const Tile<Real>& tile, Real* scratch, Real* slope, int64_t slope_ld);
+  void (*finish)(const Problem& p, int64_t b, bool partial, bool masked, const Tile<Real>& tile,
+                 Real* scratch, Real* slope, int64_t slope_ld);
   TileClass (*classify_mask)(const View4& mask, int64_t b, const Row* rows, int row_count, int64_t k_begin,
                              int64_t k_end);
   Row (*row_ref)(int64_t row, int64_t head_kv, int64_t group);

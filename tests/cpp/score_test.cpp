@@ -70,7 +70,7 @@ void check_finish(const ScoreProbe<Real>& probe, int width, const CaseSpec& spec
         const Tile<Real> tile{s.data(), ld, k_begin, keys, columns, refs.data(), rows};
         const bool partial = classify(p.masking.band, length, refs.front().query, refs.back().query + 1,
                                       k_begin, k_begin + keys) != TileClass::kFull;
-        probe.finish(p, b, length, partial, p.masking.mask.present(), tile, scratch.data(),
+        probe.finish(p, b, partial, p.has_mask(), tile, scratch.data(),
                      spec.softcap > 0 ? slope.data() : nullptr, ld);
         for (int r = 0; r < rows; ++r) {
           for (int64_t j = 0; j < columns; ++j) {

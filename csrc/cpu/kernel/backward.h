@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cpu/kernel/score_grad.h"
+#include "cpu/kernel/softmax_tile.h"
 #include "cpu/kernel/special_rows.h"
 
 namespace fae::cpu::FAE_ISA_NAMESPACE {
@@ -12,12 +13,13 @@ namespace fae::cpu::FAE_ISA_NAMESPACE {
 template <class P, class S>
 class Backward : private ScoreGrad<P, S> {
   using Base = ScoreGrad<P, S>;
+  using typename Base::Lse;
   using typename Base::Operand;
   using typename Base::Real;
   using typename Base::TileRange;
   using typename Base::V;
   using Base::call_, Base::p_, Base::plan_, Base::arena_, Base::kRows, Base::kStep;
-  using Base::k_begin_, Base::k_end_, Base::row_begin_;
+  using Base::k_begin_, Base::k_end_, Base::row_begin_, Base::sequence_;
 
  public:
   Backward(const BackwardCall& call, const Plan& plan, std::byte* base) : Base(call, plan, base) {
@@ -45,14 +47,17 @@ class Backward : private ScoreGrad<P, S> {
   static int64_t dkv_size(const Problem& p, const Plan& plan) {
     return plan.block_kv * (round_up(p.dim, V::kWidth) + round_up(p.dim_v, V::kWidth));
   }
-  // Elements of one K/V head's dQ sums, [packed_rows][dim] padded, and of its rows' delta.
-  static int64_t dq_size(const Problem& p) { return p.packed_rows() * (round_up(p.dim, V::kWidth) + 1); }
+  // Elements of one K/V head's dQ sums, [packed_rows][dim] padded, of its rows' delta, and of their terms of
+  // the gradient of ALiBi's slopes.
+  static int64_t dq_size(const Problem& p) {
+    return p.packed_rows() * (round_up(p.dim, V::kWidth) + 1 + (p.score.alibi.present() ? 1 : 0));
+  }
 
   // One K/V head, all rows, all keys.
   void run_head(int64_t unit) {
-    select(unit, 0, p_.packed_rows());
+    select(unit, 0, 1);
     begin_queries();
-    for (int64_t k = 0; k < p_.seq_kv; k += plan_.block_kv) {
+    for (int64_t k = 0; k < sequence_.seq_kv; k += plan_.block_kv) {
       accumulate_block(k);
       store_keys(k, dkv_);
     }
@@ -62,10 +67,9 @@ class Backward : private ScoreGrad<P, S> {
   // One chunk against the block of keys at k; blocks come last to first. dq: dq_size()
   // elements of this head, living through all of them.
   bool run_chunk(int64_t unit, int64_t chunk, int64_t k, Real* dq) {
-    const int64_t rows = (p_.packed_rows() + plan_.chunks - 1) / plan_.chunks;
-    const int64_t begin = chunk * rows < p_.packed_rows() ? chunk * rows : p_.packed_rows();
-    select(unit, begin, begin + rows < p_.packed_rows() ? begin + rows : p_.packed_rows());
+    select(unit, chunk, plan_.chunks);
     dq_ = dq;
+    // Packed sequences may be shorter than the blocks that there are; the last of all begins.
     if (k + plan_.block_kv >= p_.seq_kv) begin_queries();
     const bool any = accumulate_block(k);
     if (k == 0) store_queries();
@@ -81,7 +85,7 @@ class Backward : private ScoreGrad<P, S> {
       V::store(sums + i, chunk == 0 ? own : V::add(V::load(sums + i), own));
     }
     if (chunk + 1 < plan_.chunks) return;
-    select(unit, 0, 0);
+    select(unit, 0, 1);
     store_keys(k, sums);
   }
 
@@ -90,35 +94,38 @@ class Backward : private ScoreGrad<P, S> {
     for (int64_t i = 0; i < n; ++i) x[i] = 0;
   }
 
-  void select(int64_t unit, int64_t begin, int64_t end) {
+  void select(int64_t unit, int64_t chunk, int64_t chunks) {
     const int64_t head_kv = unit % p_.heads_kv;
     this->set_heads(unit / p_.heads_kv, head_kv, head_kv * p_.group(), p_.group());
-    chunk_begin_ = begin;
-    chunk_end_ = end;
+    const int64_t rows = this->row_count(), each = (rows + chunks - 1) / chunks;
+    chunk_begin_ = chunk * each < rows ? chunk * each : rows;
+    chunk_end_ = chunk_begin_ + each < rows ? chunk_begin_ + each : rows;
   }
 
   Real* delta() const { return dq_ + p_.packed_rows() * dim_padded_; }
+  // Sums of dS * distance, one per packed row.
+  Real* alibi_terms() const { return call_.dalibi_rows.present() ? delta() + p_.packed_rows() : nullptr; }
 
   void begin_queries() {
     clear(dq_ + chunk_begin_ * dim_padded_, (chunk_end_ - chunk_begin_) * dim_padded_);
     this->compute_delta(chunk_begin_, chunk_end_, delta() + chunk_begin_);
+    if (Real* const terms = alibi_terms()) clear(terms + chunk_begin_, chunk_end_ - chunk_begin_);
   }
 
   // False when no row of the chunk sees any of the keys; dkv_ is zero then.
   bool accumulate_block(int64_t k) {
     clear(dkv_, dkv_size(p_, plan_));
-    int64_t k_end = k + plan_.block_kv < p_.seq_kv ? k + plan_.block_kv : p_.seq_kv;
-    if (k_end > this->kv_length_) k_end = this->kv_length_;
+    const int64_t k_end = k + plan_.block_kv < sequence_.kv_length ? k + plan_.block_kv : sequence_.kv_length;
     if (k >= k_end) return false;
-    const KeyRange queries = seeing_queries(p_.masking.band, p_.seq_q, k, k_end);
+    const KeyRange queries = seeing_queries(sequence_.band, sequence_.seq_q, k, k_end);
     const int64_t group = p_.group();
     const int64_t begin = queries.begin * group > chunk_begin_ ? queries.begin * group : chunk_begin_;
     const int64_t end = queries.end * group < chunk_end_ ? queries.end * group : chunk_end_;
     if (begin >= end) return false;
     this->load_keys(k, k_end);
     special_keys_ = 0;
-    if (!pack_rows<P>(this->rows_of(p_.k, this->head_kv_, k), k_end - k, p_.dim, k_rows_)) {
-      special_keys_ = find_special_rows(this->rows_of(p_.k, this->head_kv_, k), k_end - k, p_.dim, special_);
+    if (!pack_rows<P>(this->keys_of(p_.k, k), k_end - k, p_.dim, k_rows_)) {
+      special_keys_ = find_special_rows(this->keys_of(p_.k, k), k_end - k, p_.dim, special_);
       for (int64_t i = 0; i < special_keys_; ++i)
         clear_packed_row<P>(k_rows_, k_end - k, p_.dim, special_[i]);
     }
@@ -137,7 +144,7 @@ class Backward : private ScoreGrad<P, S> {
     KeyRange used{plan_.block_kv, 0};  // columns of the block that some row sees
     for (int64_t r = 0; r < n; r += kRows) {
       const int rows = int(n - r < kRows ? n - r : kRows);
-      TileRange range{0, 0, 0};
+      TileRange range;
       Real* s;
       Real* ds;
       if constexpr (P::kPair > 1) {
@@ -147,8 +154,9 @@ class Backward : private ScoreGrad<P, S> {
         s = probabilities_ + r * plan_.block_kv;
         ds = gradients_ + r * plan_.block_kv;
       }
-      const bool seen = this->compute_tile(r, rows, s, ds, plan_.block_kv, true, &range);
-      if (!seen) range = {0, 0, 0};
+      const bool seen = this->compute_tile(r, rows, s, ds, plan_.block_kv, true, &range,
+                                           alibi_terms() ? alibi_terms() + begin + r : nullptr);
+      if (!seen) range = {};
       [[maybe_unused]] const KeyRange written = clear_outside(rows, s, ds, seen, range);
       const Operand* row_gradients;
       if constexpr (P::kPair > 1) {
@@ -184,21 +192,17 @@ class Backward : private ScoreGrad<P, S> {
     for (int64_t r = 0; r < n; r += P::kPair) {
       const int count = int(n - r < P::kPair ? n - r : P::kPair);
       SourceRows<S> rows[P::kPair];
-      for (int i = 0; i < count; ++i) rows[i] = query_row(x, begin + r + i);
+      for (int i = 0; i < count; ++i) rows[i] = this->query_of(x, begin + r + i);
       finite &= pack_row_group<P>(rows, count, r / P::kPair, round_up(n, P::kPair) / P::kPair, columns, dst);
     }
     int64_t found = 0;
     for (int64_t r = 0; !finite && r < n; ++r) {
       int64_t index;
-      if (find_special_rows(query_row(x, begin + r), 1, columns, &index) == 0) continue;
+      if (find_special_rows(this->query_of(x, begin + r), 1, columns, &index) == 0) continue;
       clear_packed_row<P>(dst, n, columns, r);
       special[found++] = r;
     }
     return found;
-  }
-  SourceRows<S> query_row(const View4& x, int64_t row) const {
-    const RowRef at = this->ref(row);
-    return this->rows_of(x, at.head, at.query);
   }
 
   // Zeroes what compute_tile left unwritten of the columns that dK and dV will read:
@@ -208,8 +212,10 @@ class Backward : private ScoreGrad<P, S> {
     constexpr int64_t kMargin = (2 * kRows + V::kWidth - 1) / V::kWidth * V::kWidth;
     const int64_t after = range.first + range.columns;
     KeyRange read{0, plan_.block_kv};
-    if (seen && range.first > kMargin) read.begin = range.first - kMargin;
-    if (seen && after + kMargin < read.end) read.end = after + kMargin;
+    // The bands of rows say nothing of where masks have cut them off.
+    const bool by_band = seen && !range.narrowed;
+    if (by_band && range.first > kMargin) read.begin = range.first - kMargin;
+    if (by_band && after + kMargin < read.end) read.end = after + kMargin;
     for (int i = 0; i < rows; ++i) {
       for (Real* row : {s + i * plan_.block_kv, ds + i * plan_.block_kv}) {
         clear(row + read.begin, range.first - read.begin);
@@ -260,7 +266,7 @@ class Backward : private ScoreGrad<P, S> {
     for (int64_t key = used.begin; key < used.end; key += kRows) {
       const int keys = int(used.end - key < kRows ? used.end - key : kRows);
       const KeyRange queries =
-          seeing_queries(p_.masking.band, p_.seq_q, k_begin_ + key, k_begin_ + key + keys);
+          seeing_queries(sequence_.band, sequence_.seq_q, k_begin_ + key, k_begin_ + key + keys);
       const int64_t begin = queries.begin * p_.group() - row_begin,
                     end = queries.end * p_.group() - row_begin;
       const int64_t first = begin > 0 ? begin / P::kPair : 0;
@@ -281,7 +287,7 @@ class Backward : private ScoreGrad<P, S> {
 
   bool sees(int64_t row, int64_t key) const {
     const RowRef at = this->ref(row);
-    return is_visible(p_, this->b_, at.head, at.query, key);
+    return is_visible(p_, sequence_, this->b_, at.head, at.query, key);
   }
 
   Real weight_at(const Operand* weights, int64_t r, int64_t key) const {
@@ -290,7 +296,7 @@ class Backward : private ScoreGrad<P, S> {
 
   void add_special_keys(int64_t row, int rows, const Operand* gradients) {
     for (int64_t i = 0; i < special_keys_; ++i) {
-      const SourceRows<S> key = this->rows_of(p_.k, this->head_kv_, k_begin_ + special_[i]);
+      const SourceRows<S> key = this->keys_of(p_.k, k_begin_ + special_[i]);
       for (int j = 0; j < rows; ++j) {
         if (!sees(row + j, k_begin_ + special_[i])) continue;
         add_special_row(Real(to_float(gradients[j * plan_.block_kv + special_[i]])), key.data, key.column,
@@ -303,7 +309,7 @@ class Backward : private ScoreGrad<P, S> {
                            int64_t count, const Operand* weights, int64_t columns, int64_t padded,
                            Real* sums) {
     for (int64_t i = 0; i < count; ++i) {
-      const SourceRows<S> row = query_row(x, begin + special[i]);
+      const SourceRows<S> row = this->query_of(x, begin + special[i]);
       for (int64_t key = used.begin; key < used.end; ++key) {
         if (!sees(begin + special[i], k_begin_ + key)) continue;
         add_special_row(weight_at(weights, special[i], key), row.data, row.column, columns,
@@ -317,20 +323,49 @@ class Backward : private ScoreGrad<P, S> {
     const typename V::Reg scale = V::set1(Real(p_.score.scale));
     for (int64_t row = chunk_begin_; row < chunk_end_; ++row) {
       const RowRef at = this->ref(row);
-      S* dst = static_cast<S*>(call_.dq.data) + call_.dq.offset(this->b_, at.head, at.query);
+      S* dst = static_cast<S*>(call_.dq.data) +
+               call_.dq.offset(this->b_, at.head, sequence_.first_query + at.query);
       store_scaled(dst, call_.dq.stride[3], dq_ + row * dim_padded_, p_.dim, scale);
+      if (alibi_terms()) {
+        static_cast<Real*>(call_.dalibi_rows.data)[this->flat_index(call_.dalibi_rows, row)] =
+            -alibi_terms()[row];
+      }
+      if (call_.dsink_rows.present()) {
+        static_cast<Real*>(call_.dsink_rows.data)[this->flat_index(call_.dsink_rows, row)] =
+            sink_gradient(row, at);
+      }
     }
   }
 
+  // d lse / d sink is the sink's probability, and of the output it takes its share of delta.
+  Real sink_gradient(int64_t row, const RowRef& at) const {
+    const Lse lse = this->template value_of<Lse>(call_.lse, row);
+    const Lse sink = Lse(p_.score.sinks.at(this->b_, at.head));
+    if (sink == Lse(-__builtin_inf())) return 0;
+    // lse is the sink alone for rows without keys, to which nothing has a gradient.
+    if (lse == sink && !sees_any(at)) return 0;
+    const Real dlse = call_.dlse.present() ? Real(this->template value_of<Lse>(call_.dlse, row)) : Real(0);
+    return Real(exp_of(sink - lse)) * (dlse - delta()[row]);
+  }
+  bool sees_any(const RowRef& at) const {
+    const KeyRange keys = visible_keys(sequence_.band, sequence_.kv_length, at.query, at.query + 1);
+    for (int64_t j = keys.begin; j < keys.end; ++j) {
+      if (is_visible(p_, sequence_, this->b_, at.head, at.query, j)) return true;
+    }
+    return false;
+  }
+
+  // P carries no factor of dropout, so dV gets it here.
   void store_keys(int64_t k, const Real* dkv) {
-    const int64_t n = p_.seq_kv - k < plan_.block_kv ? p_.seq_kv - k : plan_.block_kv;
-    const typename V::Reg scale = V::set1(Real(p_.score.scale)), one = V::set1(Real(1));
+    const int64_t left = sequence_.seq_kv - k, n = left < plan_.block_kv ? left : plan_.block_kv;
+    const typename V::Reg scale = V::set1(Real(p_.score.scale)), kept = V::set1(Real(p_.dropout.keep_scale));
     for (int64_t j = 0; j < n; ++j) {
-      S* dk = static_cast<S*>(call_.dk.data) + call_.dk.offset(this->b_, this->head_kv_, k + j);
-      S* dv = static_cast<S*>(call_.dv.data) + call_.dv.offset(this->b_, this->head_kv_, k + j);
+      const int64_t key = sequence_.first_key + k + j;
+      S* dk = static_cast<S*>(call_.dk.data) + call_.dk.offset(this->b_, this->head_kv_, key);
+      S* dv = static_cast<S*>(call_.dv.data) + call_.dv.offset(this->b_, this->head_kv_, key);
       store_scaled(dk, call_.dk.stride[3], dkv + j * dim_padded_, p_.dim, scale);
       store_scaled(dv, call_.dv.stride[3], dkv + plan_.block_kv * dim_padded_ + j * dim_v_padded_, p_.dim_v,
-                   one);
+                   kept);
     }
   }
 
@@ -343,7 +378,7 @@ class Backward : private ScoreGrad<P, S> {
 
   int64_t dim_padded_, dim_v_padded_;
   int64_t chunk_begin_ = 0, chunk_end_ = 0;
-  Real* dq_ = nullptr;      // [packed_rows][dim_padded], then delta [packed_rows]
+  Real* dq_ = nullptr;      // [packed_rows][dim_padded], then delta and terms of ALiBi [packed_rows]
   Real* dkv_ = nullptr;     // [block_kv][dim_padded], then [block_kv][dim_v_padded]
   Operand* k_rows_;         // panels of dim columns, depth block_kv
   Operand* q_rows_;         // panels of dim columns, depth block_q

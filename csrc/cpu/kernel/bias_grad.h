@@ -15,7 +15,7 @@ class BiasGrad : private ScoreGrad<P, S> {
   using typename Base::Real;
   using typename Base::TileRange;
   using typename Base::V;
-  using Base::call_, Base::p_, Base::plan_, Base::arena_, Base::kRows;
+  using Base::call_, Base::p_, Base::plan_, Base::arena_, Base::kRows, Base::sequence_;
 
  public:
   BiasGrad(const BackwardCall& call, const Plan& plan, std::byte* base) : Base(call, plan, base) {
@@ -67,9 +67,9 @@ class BiasGrad : private ScoreGrad<P, S> {
 
   void add_block(const KeyRange& queries, int64_t k, int64_t key_limit) {
     int64_t k_end = k + plan_.block_kv < key_limit ? k + plan_.block_kv : key_limit;
-    if (k_end > this->kv_length_) k_end = this->kv_length_;
+    if (k_end > sequence_.kv_length) k_end = sequence_.kv_length;
     if (k >= k_end) return;
-    const KeyRange seeing = seeing_queries(p_.masking.band, p_.seq_q, k, k_end);
+    const KeyRange seeing = seeing_queries(sequence_.band, sequence_.seq_q, k, k_end);
     const int64_t begin = seeing.begin > queries.begin ? seeing.begin : queries.begin;
     const int64_t end = seeing.end < queries.end ? seeing.end : queries.end;
     if (begin >= end) return;

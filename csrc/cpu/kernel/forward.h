@@ -2,85 +2,51 @@
 // K/V head against all keys they see (FlashAttention-2's loop order).
 #pragma once
 
-#include "cpu/api.h"
 #include "cpu/gemm/micro.h"
-#include "cpu/gemm/pack.h"
-#include "cpu/kernel/arena.h"
-#include "cpu/kernel/score_tile.h"
-#include "cpu/kernel/softmax_tile.h"
+#include "cpu/kernel/forward_rows.h"
 #include "cpu/kernel/special_rows.h"
 
 namespace fae::cpu::FAE_ISA_NAMESPACE {
 
-// P: product (arithmetic), S: storage type of q, k, v and out.
 template <class P, class S>
-class Forward {
-  using V = typename P::Vec;
-  using Real = typename V::Elem;
-  using Operand = typename P::Operand;
+class Forward : private ForwardRows<P, S> {
+  using Base = ForwardRows<P, S>;
+  using typename Base::Operand;
+  using typename Base::Real;
+  using typename Base::V;
+  using Base::arena_, Base::p_, Base::plan_, Base::scale_, Base::dim_padded_, Base::dim_v_padded_;
+  using Base::b_, Base::head_kv_, Base::row_begin_, Base::row_end_, Base::sequence_;
+  using Base::q_, Base::acc_, Base::max_, Base::sum_, Base::scratch_, Base::keep_;
   static constexpr int kRows = V::kTileRows;
   static constexpr int64_t kStep = kPanel<P> * P::kPair;
 
  public:
   // Lays out one worker's memory; with a null base it only measures.
   Forward(const ForwardCall& call, const Plan& plan, std::byte* base)
-      : call_(call), p_(call.problem), plan_(plan), scale_(call.problem.score), arena_(base) {
-    dim_padded_ = round_up(p_.dim, P::kPair);
-    dim_v_padded_ = round_up(p_.dim_v, V::kWidth);
-    q_ = arena_.take<Operand>(plan.block_q * dim_padded_);
-    acc_ = arena_.take<Real>(plan.block_q * dim_v_padded_);
-    max_ = arena_.take<Real>(plan.block_q);
-    sum_ = arena_.take<Real>(plan.block_q);
-    k_ = arena_.take<Operand>(panel_operands<P>(plan.block_kv, p_.dim));
-    v_ = arena_.take<Operand>(panel_operands<P>(p_.dim_v, plan.block_kv));
-    scores_ = arena_.take<Real>(kRows * plan.block_kv);
-    if (P::kPair > 1) probabilities_ = arena_.take<Operand>(kRows * plan.block_kv);
-    scratch_ = arena_.take<Real>(plan.block_kv);
-    special_ = arena_.take<int64_t>(plan.block_kv);
+      : Base(call, plan, base, round_up(call.problem.dim, P::kPair)) {
+    k_ = arena_.template take<Operand>(panel_operands<P>(plan.block_kv, p_.dim));
+    v_ = arena_.template take<Operand>(panel_operands<P>(p_.dim_v, plan.block_kv));
+    scores_ = arena_.template take<Real>(kRows * plan.block_kv);
+    if (P::kPair > 1) probabilities_ = arena_.template take<Operand>(kRows * plan.block_kv);
+    special_ = arena_.template take<int64_t>(plan.block_kv);
   }
   size_t bytes() const { return arena_.used(); }
 
   void run(int64_t task) {
     // Bottom rows see the most keys under a causal mask, so they go first.
     const int64_t units = p_.batch * p_.heads_kv;
-    const int64_t tile = plan_.tasks / units - 1 - task / units;
-    const int64_t unit = task % units;
-    b_ = unit / p_.heads_kv;
-    head_kv_ = unit % p_.heads_kv;
-    row_begin_ = tile * plan_.block_q;
-    row_end_ = row_begin_ + plan_.block_q < p_.packed_rows() ? row_begin_ + plan_.block_q : p_.packed_rows();
-    kv_length_ = p_.masking.kv_lengths.at(b_, p_.seq_kv);
-
-    load_queries();
-    const int64_t group = p_.group();
-    const KeyRange keys =
-        visible_keys(p_.masking.band, kv_length_, row_begin_ / group, (row_end_ - 1) / group + 1);
+    if (!this->select(task % units, plan_.tasks / units - 1 - task / units)) return;
+    this->load_queries(true);
+    const KeyRange keys = this->keys_of_task();
     // Blocks start at multiples of block_kv whatever the rows are: a row's result does
     // not depend on which rows share its task.
     for (int64_t k = keys.begin / plan_.block_kv * plan_.block_kv; k < keys.end; k += plan_.block_kv) {
       attend_block(k, k + plan_.block_kv < keys.end ? k + plan_.block_kv : keys.end);
     }
-    store_rows();
+    this->store_rows();
   }
 
  private:
-  SourceRows<S> rows_of(const View4& x, int64_t head, int64_t row) const {
-    return {static_cast<const S*>(x.data) + x.offset(b_, head, row), x.stride[2], x.stride[3]};
-  }
-
-  void load_queries() {
-    for (int64_t r = row_begin_; r < row_end_; ++r) {
-      const RowRef ref = row_ref(r, head_kv_, p_.group());
-      pack_operand<P>(rows_of(p_.q, ref.head, ref.query), 1, p_.dim, q_ + (r - row_begin_) * dim_padded_);
-    }
-    const int64_t n = row_end_ - row_begin_;
-    for (int64_t i = 0; i < n; ++i) {
-      max_[i] = Real(-__builtin_inf());
-      sum_[i] = 0;
-    }
-    for (int64_t i = 0; i < n * dim_v_padded_; ++i) acc_[i] = 0;
-  }
-
   void attend_block(int64_t k_begin, int64_t k_end) {
     bool packed = false;
     for (int64_t r = row_begin_; r < row_end_; r += kRows) {
@@ -88,42 +54,38 @@ class Forward {
       RowRef refs[kRows];
       for (int i = 0; i < rows; ++i) refs[i] = row_ref(r + i, head_kv_, p_.group());
       const int64_t q_begin = refs[0].query, q_end = refs[rows - 1].query + 1;
-      const KeyRange seen = visible_keys(p_.masking.band, kv_length_, q_begin, q_end);
+      const KeyRange seen = visible_keys(sequence_.band, sequence_.kv_length, q_begin, q_end);
       const int64_t begin = seen.begin > k_begin ? seen.begin : k_begin;
       const int64_t end = seen.end < k_end ? seen.end : k_end;
       if (begin >= end) continue;
-      bool masked = false;
-      if (p_.masking.mask.present()) {
-        const TileClass mask_class = classify_mask(p_.masking.mask, b_, refs, rows, begin, end);
-        if (mask_class == TileClass::kSkip) continue;
-        masked = mask_class == TileClass::kPartial;
-      }
+      TileMask mask{begin, end};
+      if (p_.has_mask()) mask = classify_masks(p_, b_, refs, rows, begin, end);
+      if (mask.skip()) continue;
       if (!packed) {
         load_keys(k_begin, k_end);
         packed = true;
       }
-      attend_tile(r - row_begin_, refs, rows, k_begin, begin, end, masked);
+      attend_tile(r - row_begin_, refs, rows, k_begin, mask);
     }
   }
 
   void load_keys(int64_t k_begin, int64_t k_end) {
     const int64_t n = k_end - k_begin;
     block_keys_ = n;
-    pack_transposed<P>(rows_of(p_.k, head_kv_, k_begin), n, p_.dim, k_);
-    const bool finite = pack_rows<P>(rows_of(p_.v, head_kv_, k_begin), n, p_.dim_v, v_);
+    pack_transposed<P>(this->keys_of(p_.k, k_begin), n, p_.dim, k_);
+    const bool finite = pack_rows<P>(this->keys_of(p_.v, k_begin), n, p_.dim_v, v_);
     special_count_ = 0;
     if (!finite) {
-      special_count_ = find_special_rows(rows_of(p_.v, head_kv_, k_begin), n, p_.dim_v, special_);
+      special_count_ = find_special_rows(this->keys_of(p_.v, k_begin), n, p_.dim_v, special_);
       for (int64_t i = 0; i < special_count_; ++i) clear_packed_row<P>(v_, n, p_.dim_v, special_[i]);
     }
   }
 
-  // Rows [row, row + rows) of the task against the keys [begin, end) of the block at k_begin.
-  void attend_tile(int64_t row, const RowRef* refs, int rows, int64_t k_begin, int64_t begin, int64_t end,
-                   bool masked) {
+  // Rows [row, row + rows) of the task against the keys that `mask` leaves of the block at k_begin.
+  void attend_tile(int64_t row, const RowRef* refs, int rows, int64_t k_begin, const TileMask& mask) {
     // Whole panels from the first that anything sees, whole vectors at the end.
-    const int64_t first = (begin - k_begin) / kPanel<P> * kPanel<P>;
-    const int64_t keys = end - k_begin - first;
+    const int64_t first = (mask.begin - k_begin) / kPanel<P> * kPanel<P>;
+    const int64_t keys = mask.end - k_begin - first;
     const int64_t columns = round_up(keys, V::kWidth);
     const int64_t depth = dim_padded_ / P::kPair;
     for (int64_t c = 0; c < columns; c += kPanel<P>) {
@@ -134,10 +96,10 @@ class Forward {
            kStep, scores_ + c, plan_.block_kv, nullptr});
     }
 
-    const ScoreTile<V> tile{scores_, plan_.block_kv, k_begin + first, keys, columns, refs, rows};
-    const bool partial = classify(p_.masking.band, kv_length_, refs[0].query, refs[rows - 1].query + 1,
-                                  tile.k_begin, end) != TileClass::kFull;
-    finish_scores<V>(p_, b_, kv_length_, partial, masked, tile, scratch_);
+    const ScoreTile<V> tile{scores_, plan_.block_kv, k_begin + first, keys, columns, b_, refs, rows};
+    const bool partial = classify(sequence_.band, sequence_.kv_length, refs[0].query,
+                                  refs[rows - 1].query + 1, tile.k_begin, mask.end) != TileClass::kFull;
+    finish_scores<V>(p_, sequence_, partial, mask, tile, scratch_);
 
     Real alpha[kRows];
     Operand* probabilities;
@@ -146,6 +108,7 @@ class Forward {
     for (int i = 0; i < rows; ++i) {
       alpha[i] = softmax_row<P>(scores_ + i * plan_.block_kv, columns, scale_.exponent_scale, max_ + row + i,
                                 sum_ + row + i, probabilities + i * plan_.block_kv);
+      if (keep_) this->drop(refs[i], tile.k_begin, keys, probabilities + i * plan_.block_kv);
     }
 
     const int64_t steps = round_up(keys, P::kPair) / P::kPair;
@@ -165,48 +128,15 @@ class Forward {
     for (int64_t i = 0; i < special_count_; ++i) {
       const int64_t key = k_begin + special_[i], j = special_[i] - first;
       if (j < 0 || j >= keys) continue;
-      const SourceRows<S> value = rows_of(p_.v, head_kv_, key);
+      const SourceRows<S> value = this->keys_of(p_.v, key);
       for (int r = 0; r < rows; ++r) {
-        if (!is_visible(p_, b_, refs[r].head, refs[r].query, key)) continue;
+        if (!is_visible(p_, sequence_, b_, refs[r].head, refs[r].query, key)) continue;
         add_special_row(Real(to_float(probabilities[r * plan_.block_kv + j])), value.data, value.column,
                         p_.dim_v, acc_ + (row + r) * dim_v_padded_);
       }
     }
   }
 
-  void store_rows() {
-    for (int64_t r = row_begin_; r < row_end_; ++r) {
-      const int64_t i = r - row_begin_;
-      const RowRef ref = row_ref(r, head_kv_, p_.group());
-      S* out = static_cast<S*>(call_.out.data) + call_.out.offset(b_, ref.head, ref.query);
-      // A row that saw nothing has acc = 0; dividing by 1 keeps it.
-      const typename V::Reg sum = V::set1(sum_[i] == 0 ? Real(1) : sum_[i]);
-      for (int64_t c = 0; c < p_.dim_v; c += V::kWidth) {
-        const int lanes = int(p_.dim_v - c < V::kWidth ? p_.dim_v - c : V::kWidth);
-        store_row<V>(out + c * call_.out.stride[3], call_.out.stride[3],
-                     V::div(V::load(acc_ + i * dim_v_padded_ + c), sum), lanes);
-      }
-      if (call_.lse) {
-        using Lse = typename LseType<S>::Type;
-        static_cast<Lse*>(call_.lse)[(b_ * p_.heads_q + ref.head) * p_.seq_q + ref.query] =
-            sum_[i] == 0 ? Lse(-__builtin_inf()) : Lse(max_[i]) * Lse(scale_.natural) + log_of(Lse(sum_[i]));
-      }
-    }
-  }
-
-  const ForwardCall& call_;
-  const Problem& p_;
-  const Plan& plan_;
-  const ScoreScale<Real> scale_;
-  Arena arena_;
-  int64_t dim_padded_, dim_v_padded_;
-
-  // One task's state.
-  int64_t b_ = 0, head_kv_ = 0, row_begin_ = 0, row_end_ = 0, kv_length_ = 0;
-  Operand* q_;  // [block_q][dim_padded]
-  Real* acc_;   // [block_q][dim_v_padded], unnormalised output
-  Real* max_;   // [block_q]
-  Real* sum_;   // [block_q]
   // One K/V block.
   int64_t block_keys_ = 0;
   Operand* k_;        // panels of block_kv columns, depth dim
@@ -216,7 +146,6 @@ class Forward {
   // One register tile.
   Real* scores_;                      // [kRows][block_kv]
   Operand* probabilities_ = nullptr;  // [kRows][block_kv] where operands are narrower than scores
-  Real* scratch_;                     // [block_kv]
 };
 
 }  // namespace fae::cpu::FAE_ISA_NAMESPACE

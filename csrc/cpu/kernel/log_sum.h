@@ -17,7 +17,7 @@ class LogSum : private ScoreGrad<P, S> {
   using typename Base::Real;
   using typename Base::TileRange;
   using typename Base::V;
-  using Base::call_, Base::p_, Base::plan_, Base::arena_, Base::kRows, Base::row_begin_;
+  using Base::call_, Base::p_, Base::plan_, Base::arena_, Base::kRows, Base::row_begin_, Base::sequence_;
   // Past this, half a unit in lse's last place is more than P may be wrong by.
   static constexpr double kFar = sizeof(S) == 2 ? 2048.0 : sizeof(S) == 4 ? 268435456.0 : 64.0;
 
@@ -29,10 +29,8 @@ class LogSum : private ScoreGrad<P, S> {
   size_t bytes() const { return arena_.used(); }
 
   static bool needed(const BackwardCall& call) {
-    const Problem& p = call.problem;
     bool any = false;
-    for (int64_t i = 0; i < p.batch * p.heads_q * p.seq_q; ++i)
-      any |= is_far(static_cast<const Lse*>(call.lse)[i]);
+    for (int64_t i = 0; i < call.lse_count; ++i) any |= is_far(static_cast<const Lse*>(call.lse.data)[i]);
     return any;
   }
 
@@ -41,13 +39,14 @@ class LogSum : private ScoreGrad<P, S> {
     return p.batch * p.heads_kv * ((p.packed_rows() + plan.block_q - 1) / plan.block_q);
   }
 
-  // Writes log(sum of P) of its rows to low, shaped like lse: 0 where lse needs no help.
-  void run(int64_t task, void* low) {
+  // Writes log(sum of P) of its rows to call.lse_low: 0 where lse needs no help.
+  void run(int64_t task) {
     const int64_t tiles = (p_.packed_rows() + plan_.block_q - 1) / plan_.block_q;
     const int64_t unit = task / tiles, begin = task % tiles * plan_.block_q;
-    const int64_t end = begin + plan_.block_q < p_.packed_rows() ? begin + plan_.block_q : p_.packed_rows();
     const int64_t head_kv = unit % p_.heads_kv;
     this->set_heads(unit / p_.heads_kv, head_kv, head_kv * p_.group(), p_.group());
+    const int64_t rows = this->row_count();
+    const int64_t end = begin + plan_.block_q < rows ? begin + plan_.block_q : rows;
     bool any = false;
     for (int64_t row = begin; row < end; ++row) {
       sums_[row - begin] = 0;
@@ -55,21 +54,26 @@ class LogSum : private ScoreGrad<P, S> {
     }
     if (any) {
       this->load_rows(begin, end, nullptr);
-      for (int64_t k = 0; k < this->kv_length_; k += plan_.block_kv) add_block(end - begin, k);
+      for (int64_t k = 0; k < sequence_.kv_length; k += plan_.block_kv) add_block(end - begin, k);
     }
     for (int64_t row = begin; row < end; ++row) {
-      const double sum = sums_[row - begin];
-      const bool helps = is_far(lse_of(row)) && sum > 0 && __builtin_isfinite(sum);
-      static_cast<Lse*>(low)[this->flat_index(row)] = helps ? log_of(Lse(sum)) : Lse(0);
+      const Lse lse = lse_of(row);
+      double sum = sums_[row - begin];
+      if (p_.score.sinks.present()) {
+        sum += exp_of(Lse(p_.score.sinks.at(this->b_, this->ref(row).head)) - lse);
+      }
+      const bool helps = is_far(lse) && sum > 0 && __builtin_isfinite(sum);
+      static_cast<Lse*>(call_.lse_low.data)[this->flat_index(call_.lse_low, row)] =
+          helps ? log_of(Lse(sum)) : Lse(0);
     }
   }
 
  private:
   static bool is_far(Lse lse) { return __builtin_isfinite(lse) && __builtin_fabs(double(lse)) > kFar; }
-  Lse lse_of(int64_t row) const { return static_cast<const Lse*>(call_.lse)[this->flat_index(row)]; }
+  Lse lse_of(int64_t row) const { return this->template value_of<Lse>(call_.lse, row); }
 
   void add_block(int64_t row_count, int64_t k) {
-    const int64_t k_end = k + plan_.block_kv < this->kv_length_ ? k + plan_.block_kv : this->kv_length_;
+    const int64_t k_end = k + plan_.block_kv < sequence_.kv_length ? k + plan_.block_kv : sequence_.kv_length;
     this->load_keys(k, k_end);
     for (int64_t r = 0; r < row_count; r += kRows) {
       const int rows = int(row_count - r < kRows ? row_count - r : kRows);

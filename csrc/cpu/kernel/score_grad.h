@@ -9,6 +9,7 @@
 #include "cpu/gemm/micro.h"
 #include "cpu/gemm/pack.h"
 #include "cpu/kernel/arena.h"
+#include "cpu/kernel/dropout_tile.h"
 #include "cpu/kernel/score_tile.h"
 
 namespace fae::cpu::FAE_ISA_NAMESPACE {
@@ -25,27 +26,49 @@ FAE_INLINE typename P::Vec::Reg probability_of(typename P::Vec::Reg score, typen
   return V::select(V::equal(score, V::set1(Real(-__builtin_inf()))), V::zero(), p);
 }
 
+// What the gradients of one row need to know of it.
+template <class V>
+struct RowTerms {
+  using Real = typename V::Elem;
+  Real lse, lse_low, delta, dlse;
+  const Real* slope;               // of the softcap, or none
+  const Real* keep;                // factors of dropout, or none
+  const KeyDistance<V>* distance;  // from `query`, where slopes of ALiBi want a gradient
+  int64_t query;
+};
+
 // In: score values and dP of one row. Out: P and dS, in place; hidden scores (-inf) give
-// exactly 0 for both, whatever dP, lse, delta and slope are.
+// exactly 0 for both, whatever dP and the terms are. P comes out with what dropout takes set
+// to 0, and not scaled. Returns sum(dS * distance), dS before the softcap's slope.
 template <class P>
-FAE_INLINE void score_gradient_row(typename P::Vec::Elem* s, typename P::Vec::Elem* dp,
-                                   const typename P::Vec::Elem* slope, int64_t columns,
-                                   typename P::Vec::Elem natural, typename P::Vec::Elem lse,
-                                   typename P::Vec::Elem lse_low, typename P::Vec::Elem delta,
-                                   typename P::Vec::Elem dlse) {
+FAE_INLINE typename P::Vec::Elem score_gradient_row(typename P::Vec::Elem* s, typename P::Vec::Elem* dp,
+                                                    int64_t columns, typename P::Vec::Elem natural,
+                                                    const RowTerms<typename P::Vec>& row) {
   using V = typename P::Vec;
   using Real = typename V::Elem;
   using Reg = typename V::Reg;
-  const Reg delta_lanes = V::set1(delta), dlse_lanes = V::set1(dlse);
+  const Reg delta_lanes = V::set1(row.delta), dlse_lanes = V::set1(row.dlse);
   const Reg hidden = V::set1(Real(-__builtin_inf()));
+  Reg weighted = V::zero();
   for (int64_t j = 0; j < columns; j += V::kWidth) {
     const Reg score = V::load(s + j);
-    const Reg p = probability_of<P>(score, natural, lse, lse_low);
-    Reg ds = V::mul(p, V::add(V::sub(V::load(dp + j), delta_lanes), dlse_lanes));
-    if (slope) ds = V::mul(ds, V::load(slope + j));
-    V::store(s + j, p);
-    V::store(dp + j, V::select(V::equal(score, hidden), V::zero(), ds));
+    const Reg p = probability_of<P>(score, natural, row.lse, row.lse_low);
+    Reg dp_lanes = V::load(dp + j), kept = p;
+    if (row.keep) {
+      const Reg factor = V::load(row.keep + j);
+      dp_lanes = V::mul(dp_lanes, factor);
+      kept = V::select(V::equal(factor, V::zero()), V::zero(), p);
+    }
+    Reg ds = V::mul(p, V::add(V::sub(dp_lanes, delta_lanes), dlse_lanes));
+    ds = V::select(V::equal(score, hidden), V::zero(), ds);
+    if (row.distance) weighted = V::fma(ds, row.distance->at(row.query, j), weighted);
+    if (row.slope) {
+      ds = V::select(V::equal(score, hidden), V::zero(), V::mul(ds, V::load(row.slope + j)));
+    }
+    V::store(s + j, kept);
+    V::store(dp + j, ds);
   }
+  return row.distance ? V::reduce_add(weighted) : Real(0);
 }
 
 template <class P, class S>
@@ -60,7 +83,11 @@ class ScoreGrad {
 
   // The keys of a register tile that its rows may see: columns [first, first + keys) of
   // the block, padded to whole vectors.
-  struct TileRange { int64_t first, keys, columns; };
+  // `narrowed`: they are fewer than band and length alone would leave.
+  struct TileRange {
+    int64_t first = 0, keys = 0, columns = 0;
+    bool narrowed = false;
+  };
 
   ScoreGrad(const BackwardCall& call, const Plan& plan, std::byte* base)
       : call_(call), p_(call.problem), plan_(plan), scale_(call.problem.score), arena_(base) {
@@ -78,6 +105,10 @@ class ScoreGrad {
     tile_columns_ = arena_.take<Operand>(panel_operands<P>(kRows, p_.dim_v));
     scratch_ = arena_.take<Real>(plan.block_kv);
     if (p_.score.softcap > 0) slope_ = arena_.take<Real>(kRows * plan.block_kv);
+    if (p_.dropout.present()) {
+      keep_ = arena_.take<Real>(DropoutRow::room(plan.block_kv));
+      if (base) dropout_key_ = p_.dropout.key();
+    }
   }
 
   // The rows to come are those of `group` query heads from head_begin on, packed.
@@ -86,26 +117,37 @@ class ScoreGrad {
     head_kv_ = head_kv;
     head_begin_ = head_begin;
     group_ = group;
-    kv_length_ = p_.masking.kv_lengths.at(b, p_.seq_kv);
+    sequence_ = p_.sequence(b);
   }
+  // Packed rows of this sequence and these heads.
+  int64_t row_count() const { return sequence_.seq_q * group_; }
   RowRef ref(int64_t row) const {
     const int64_t query = row / group_;
     return {head_begin_ + row - query * group_, query};
   }
-  // Where lse and dlse hold a packed row.
-  int64_t flat_index(int64_t row) const {
+  // Where lse, dlse and the like hold a packed row.
+  template <class Void>
+  int64_t flat_index(const RowValues<Void>& values, int64_t row) const {
     const RowRef at = ref(row);
-    return (b_ * p_.heads_q + at.head) * p_.seq_q + at.query;
+    return values.index(b_, at.head, sequence_.first_query + at.query);
   }
-  SourceRows<S> rows_of(const View4& x, int64_t head, int64_t row) const {
-    return {static_cast<const S*>(x.data) + x.offset(b_, head, row), x.stride[2], x.stride[3]};
+  template <class T, class Void>
+  T value_of(const RowValues<Void>& values, int64_t row) const {
+    return static_cast<const T*>(values.data)[flat_index(values, row)];
+  }
+  SourceRows<S> query_of(const View4& x, int64_t row) const {
+    const RowRef at = ref(row);
+    return rows_of(x, at.head, sequence_.first_query + at.query);
+  }
+  SourceRows<S> keys_of(const View4& x, int64_t key) const {
+    return rows_of(x, head_kv_, sequence_.first_key + key);
   }
 
   void load_keys(int64_t k_begin, int64_t k_end) {
     k_begin_ = k_begin;
     k_end_ = k_end;
-    pack_transposed<P>(rows_of(p_.k, head_kv_, k_begin), k_end - k_begin, p_.dim, k_columns_);
-    pack_transposed<P>(rows_of(p_.v, head_kv_, k_begin), k_end - k_begin, p_.dim_v, v_columns_);
+    pack_transposed<P>(keys_of(p_.k, k_begin), k_end - k_begin, p_.dim, k_columns_);
+    pack_transposed<P>(keys_of(p_.v, k_begin), k_end - k_begin, p_.dim_v, v_columns_);
   }
 
   // Packed rows [begin, end): queries, output gradients, lse, dlse, and delta: as computed
@@ -114,18 +156,16 @@ class ScoreGrad {
     row_begin_ = begin;
     if (!delta) compute_delta(begin, end, delta_);
     for (int64_t row = begin; row < end; ++row) {
-      const RowRef at = ref(row);
       const int64_t r = row - begin;
-      pack_operand<P>(rows_of(p_.q, at.head, at.query), 1, p_.dim, q_ + r * dim_operand_);
-      pack_operand<P>(rows_of(call_.dout, at.head, at.query), 1, p_.dim_v, dout_ + r * dim_v_operand_);
-      const int64_t flat = flat_index(row);
-      const Lse lse = static_cast<const Lse*>(call_.lse)[flat];
+      pack_operand<P>(query_of(p_.q, row), 1, p_.dim, q_ + r * dim_operand_);
+      pack_operand<P>(query_of(call_.dout, row), 1, p_.dim_v, dout_ + r * dim_v_operand_);
+      const Lse lse = value_of<Lse>(call_.lse, row);
       // A row without keys: exp(-inf - inf) is 0, exp(-inf + inf) would not be.
       lse_[r] = lse == Lse(-__builtin_inf()) ? Real(__builtin_inf()) : Real(lse);
       lse_low_[r] = __builtin_isfinite(lse) ? Real(lse - Lse(lse_[r])) : Real(0);
-      if (call_.lse_low) lse_low_[r] += Real(static_cast<const Lse*>(call_.lse_low)[flat]);
+      if (call_.lse_low.present()) lse_low_[r] += Real(value_of<Lse>(call_.lse_low, row));
       if (delta) delta_[r] = delta[r];
-      dlse_[r] = call_.dlse ? Real(static_cast<const Lse*>(call_.dlse)[flat]) : Real(0);
+      dlse_[r] = call_.dlse.present() ? Real(value_of<Lse>(call_.dlse, row)) : Real(0);
     }
   }
 
@@ -135,16 +175,12 @@ class ScoreGrad {
     const int64_t steps = dim_v_operand_ / P::kPair;
     for (int64_t row = begin; row < end; row += kRows) {
       const int rows = int(end - row < kRows ? end - row : kRows);
-      for (int i = 0; i < rows; ++i) {
-        const RowRef at = ref(row + i);
-        pack_operand<P>(rows_of(call_.out, at.head, at.query), 1, p_.dim_v, tile_rows_ + i * dim_v_operand_);
-      }
+      for (int i = 0; i < rows; ++i)
+        pack_operand<P>(query_of(call_.out, row + i), 1, p_.dim_v, tile_rows_ + i * dim_v_operand_);
       pack_transposed<P>(SourceRows<Operand>{tile_rows_, dim_v_operand_, 1}, rows, dim_v_operand_,
                          tile_columns_);
-      for (int i = 0; i < rows; ++i) {
-        const RowRef at = ref(row + i);
-        pack_operand<P>(rows_of(call_.dout, at.head, at.query), 1, p_.dim_v, tile_rows_ + i * dim_v_operand_);
-      }
+      for (int i = 0; i < rows; ++i)
+        pack_operand<P>(query_of(call_.dout, row + i), 1, p_.dim_v, tile_rows_ + i * dim_v_operand_);
       Real products[kRows * kPanel<P>];
       multiply_tile<P, Update::kStore>(
           rows, (rows + V::kWidth - 1) / V::kWidth,
@@ -159,39 +195,42 @@ class ScoreGrad {
     RowRef refs[kRows];
     for (int i = 0; i < rows; ++i) refs[i] = ref(row_begin_ + row + i);
     const int64_t q_begin = refs[0].query, q_end = refs[rows - 1].query + 1;
-    const KeyRange seen = visible_keys(p_.masking.band, kv_length_, q_begin, q_end);
-    const int64_t begin = seen.begin > k_begin_ ? seen.begin : k_begin_;
-    const int64_t end = seen.end < k_end_ ? seen.end : k_end_;
-    if (begin >= end) return false;
-    bool masked = false;
-    if (p_.masking.mask.present()) {
-      const TileClass mask_class = classify_mask(p_.masking.mask, b_, refs, rows, begin, end);
-      if (mask_class == TileClass::kSkip) return false;
-      masked = mask_class == TileClass::kPartial;
-    }
-    const int64_t first = (begin - k_begin_) / kPanel<P> * kPanel<P>;
-    const int64_t keys = end - k_begin_ - first;
+    const KeyRange seen = visible_keys(sequence_.band, sequence_.kv_length, q_begin, q_end);
+    TileMask mask{seen.begin > k_begin_ ? seen.begin : k_begin_, seen.end < k_end_ ? seen.end : k_end_};
+    if (p_.has_mask() && !mask.skip()) mask = classify_masks(p_, b_, refs, rows, mask.begin, mask.end);
+    if (mask.skip()) return false;
+    const int64_t first = (mask.begin - k_begin_) / kPanel<P> * kPanel<P>;
+    const int64_t keys = mask.end - k_begin_ - first;
     const int64_t columns = round_up(keys, V::kWidth);
-    *range = {first, keys, columns};
+    *range = {first, keys, columns, mask.narrowed};
     multiply_columns(q_ + row * dim_operand_, dim_operand_, k_columns_, rows, *range, s, ld);
-    const bool partial =
-        classify(p_.masking.band, kv_length_, q_begin, q_end, k_begin_ + first, end) != TileClass::kFull;
-    const ScoreTile<V> tile{s + first, ld, k_begin_ + first, keys, columns, refs, rows};
-    finish_scores<V>(p_, b_, kv_length_, partial, masked, tile, scratch_, slope, plan_.block_kv);
+    const bool partial = classify(sequence_.band, sequence_.kv_length, q_begin, q_end, k_begin_ + first,
+                                  mask.end) != TileClass::kFull;
+    const ScoreTile<V> tile{s + first, ld, k_begin_ + first, keys, columns, b_, refs, rows};
+    finish_scores<V>(p_, sequence_, partial, mask, tile, scratch_, slope, plan_.block_kv);
     return true;
   }
 
   // P into s and dS into ds, both [rows][ld], of a tile as above. dS is taken before the
-  // softcap when `before_softcap`.
+  // softcap when `before_softcap`. Adds each row's sum(dS * distance) to `alibi`, if given, [rows].
   bool compute_tile(int64_t row, int rows, Real* s, Real* ds, int64_t ld, bool before_softcap,
-                    TileRange* range) {
+                    TileRange* range, Real* alibi = nullptr) {
     Real* slope = before_softcap ? slope_ : nullptr;
     if (!compute_scores(row, rows, s, ld, slope, range)) return false;
     multiply_columns(dout_ + row * dim_v_operand_, dim_v_operand_, v_columns_, rows, *range, ds, ld);
+    const KeyDistance<V> distance(sequence_, k_begin_ + range->first);
     for (int i = 0; i < rows; ++i) {
-      score_gradient_row<P>(s + range->first + i * ld, ds + range->first + i * ld,
-                            slope ? slope + i * plan_.block_kv : nullptr, range->columns, scale_.natural,
-                            lse_[row + i], lse_low_[row + i], delta_[row + i], dlse_[row + i]);
+      const int64_t r = row + i;
+      const RowRef at = ref(row_begin_ + r);
+      if (keep_) {
+        DropoutRow(p_.dropout, dropout_key_)
+            .factors(b_, at.head, at.query, k_begin_ + range->first, range->columns, keep_);
+      }
+      const Real sum = score_gradient_row<P>(
+          s + range->first + i * ld, ds + range->first + i * ld, range->columns, scale_.natural,
+          {lse_[r], lse_low_[r], delta_[r], dlse_[r], slope ? slope + i * plan_.block_kv : nullptr, keep_,
+           alibi ? &distance : nullptr, at.query});
+      if (alibi) alibi[i] += sum;
     }
     return true;
   }
@@ -208,7 +247,8 @@ class ScoreGrad {
   Arena arena_;
   int64_t dim_operand_, dim_v_operand_;
 
-  int64_t b_ = 0, head_kv_ = 0, head_begin_ = 0, group_ = 1, kv_length_ = 0;
+  int64_t b_ = 0, head_kv_ = 0, head_begin_ = 0, group_ = 1;
+  Sequence sequence_;
   int64_t k_begin_ = 0, k_end_ = 0;  // loaded keys
   int64_t row_begin_ = 0;            // first loaded packed row
   Operand* k_columns_;               // panels of block_kv columns, depth dim
@@ -223,8 +263,14 @@ class ScoreGrad {
   Operand* tile_columns_;            // panel of kRows columns, depth dim_v
   Real* scratch_;                    // [block_kv]
   Real* slope_ = nullptr;            // [kRows][block_kv], with softcap
+  Real* keep_ = nullptr;             // [block_kv] factors of a row, with dropout
+  PhiloxKey dropout_key_{};
 
  private:
+  SourceRows<S> rows_of(const View4& x, int64_t head, int64_t row) const {
+    return {static_cast<const S*>(x.data) + x.offset(b_, head, row), x.stride[2], x.stride[3]};
+  }
+
   // c[rows][first .. first + columns) = a b
   void multiply_columns(const Operand* a, int64_t depth, const Operand* b, int rows, const TileRange& range,
                         Real* c, int64_t ld) {

@@ -1,27 +1,11 @@
-// From dot products to scores: score modifiers, bias, band, lengths and bool mask on
-// one register tile of rows, shared by forward, backward and the bias gradient.
+// From dot products to scores: score modifiers, bias, ALiBi and masks on one register
+// tile of rows, shared by forward, backward and the bias gradient.
 #pragma once
 
-#include "core/problem.h"
+#include "cpu/kernel/mask_tile.h"
 #include "cpu/simd/tanh.h"
 
 namespace fae::cpu::FAE_ISA_NAMESPACE {
-
-// One packed query row (see Problem::packed_rows).
-struct RowRef {
-  int64_t head;   // query head
-  int64_t query;  // position in seq_q
-};
-
-inline RowRef row_ref(int64_t row, int64_t head_kv, int64_t group) {
-  const int64_t query = row / group;
-  return {head_kv * group + (row - query * group), query};
-}
-
-// The C++ type of lse_dtype().
-template <class S> struct LseType { using Type = float; };
-template <> struct LseType<float> { using Type = double; };
-template <> struct LseType<double> { using Type = double; };
 
 // The constants of a score, in the arithmetic type. Plain scores stay dot products:
 // log2(e) * scale then moves into the exponent (`exponent_scale`).
@@ -35,35 +19,6 @@ struct ScoreScale {
         natural(plain ? Real(mod.scale) : Real(1)),
         exponent_scale(Real(double(natural) * 1.4426950408889634)) {}
 };
-
-// What a tile of the bool mask says about (rows) x (keys), without reading scores.
-inline TileClass classify_mask(const View4& mask, int64_t b, const RowRef* rows, int row_count,
-                               int64_t k_begin, int64_t k_end) {
-  bool any_visible = false, any_hidden = false;
-  const uint8_t* previous = nullptr;
-  for (int r = 0; r < row_count && !(any_visible && any_hidden); ++r) {
-    const auto* p = static_cast<const uint8_t*>(mask.data) + mask.offset(b, rows[r].head, rows[r].query) +
-                    k_begin * mask.stride[3];
-    if (p == previous) continue;  // broadcast over queries
-    previous = p;
-    if (mask.stride[3] == 0) {
-      (*p ? any_visible : any_hidden) = true;
-      continue;
-    }
-    int64_t j = 0;
-    const int64_t n = k_end - k_begin;
-    if (mask.stride[3] == 1) {
-      for (; j + 8 <= n; j += 8) {
-        uint64_t bytes;
-        memcpy(&bytes, p + j, 8);
-        any_visible |= bytes != 0;
-        any_hidden |= bytes != 0x0101010101010101ull;
-      }
-    }
-    for (; j < n; ++j) (p[j * mask.stride[3]] ? any_visible : any_hidden) = true;
-  }
-  return !any_visible ? TileClass::kSkip : any_hidden ? TileClass::kPartial : TileClass::kFull;
-}
 
 // A bias of any dtype in the arithmetic type. A finite value stays finite: only -inf hides.
 template <class Real>
@@ -114,32 +69,44 @@ struct ScoreTile {
   int64_t k_begin;
   int64_t keys;     // columns that are keys; up to `columns` is padding
   int64_t columns;  // whole vectors
+  int64_t b;
   const RowRef* rows;
   int row_count;
 };
 
-// Hides the columns of row r outside keys [begin, end), given relative to the tile.
+// How far ALiBi finds the keys of a tile from a query: |i + seq_kv - seq_q - j|, by vectors.
 template <class V>
-FAE_INLINE void hide_outside(typename V::Elem* row, int64_t begin, int64_t end, int64_t columns) {
-  const auto hidden = V::set1(typename V::Elem(-__builtin_inf()));
-  int64_t j = 0;
-  for (; j + V::kWidth <= begin; j += V::kWidth) V::store(row + j, hidden);
-  if (j < begin) V::store_n(row + j, hidden, int(begin - j));
-  for (j = end; j < columns && j % V::kWidth != 0; ++j) row[j] = typename V::Elem(-__builtin_inf());
-  for (; j < columns; j += V::kWidth) V::store(row + j, hidden);
-}
+class KeyDistance {
+  using Real = typename V::Elem;
 
-// Scale, softcap and bias in place. `slope`, if given, receives d score / d (scale * dot)
+ public:
+  KeyDistance(const Sequence& sequence, int64_t k_begin)
+      : shift_(sequence.seq_kv - sequence.seq_q - k_begin) {
+    for (int lane = 0; lane < V::kWidth; ++lane) lanes_[lane] = Real(lane);
+  }
+  // Of keys k_begin + j and the following.
+  FAE_INLINE typename V::Reg at(int64_t query, int64_t j) const {
+    const auto ahead = V::sub(V::load(lanes_), V::set1(Real(query + shift_ - j)));
+    return V::max(ahead, V::sub(V::zero(), ahead));
+  }
+
+ private:
+  int64_t shift_;
+  Real lanes_[V::kWidth];
+};
+
+// Scale, softcap, bias and ALiBi in place. `slope`, if given, receives d score / d (scale * dot)
 // as [rows][slope_ld]. `scratch` holds `columns` values.
 template <class V>
-void modify_scores(const Problem& p, int64_t b, const ScoreTile<V>& tile, typename V::Elem* slope,
-                   int64_t slope_ld, typename V::Elem* scratch) {
+void modify_scores(const Problem& p, const Sequence& sequence, const ScoreTile<V>& tile,
+                   typename V::Elem* slope, int64_t slope_ld, typename V::Elem* scratch) {
   using Real = typename V::Elem;
   using Reg = typename V::Reg;
   const ScoreMod& mod = p.score;
   const Reg scale = V::set1(Real(mod.scale));
   const Reg cap = V::set1(Real(mod.softcap)), inverse_cap = V::set1(Real(1.0 / mod.softcap));
   const Reg hidden = V::set1(Real(-__builtin_inf()));
+  const KeyDistance<V> distance(sequence, tile.k_begin);
   const Real* previous = nullptr;
   int64_t previous_offset = -1;
   for (int r = 0; r < tile.row_count; ++r) {
@@ -147,13 +114,14 @@ void modify_scores(const Problem& p, int64_t b, const ScoreTile<V>& tile, typena
     const Real* bias = nullptr;
     if (mod.bias.present()) {
       const int64_t offset =
-          mod.bias.offset(b, tile.rows[r].head, tile.rows[r].query) + tile.k_begin * mod.bias.stride[3];
+          mod.bias.offset(tile.b, tile.rows[r].head, tile.rows[r].query) + tile.k_begin * mod.bias.stride[3];
       if (offset != previous_offset) {
         previous = bias_row<V>(mod.bias, mod.bias_dtype, offset, tile.keys, scratch);
         previous_offset = offset;
       }
       bias = previous;
     }
+    const Reg fall = V::set1(mod.alibi.present() ? Real(-mod.alibi.at(tile.b, tile.rows[r].head)) : Real(0));
     for (int64_t j = 0; j < tile.keys; j += V::kWidth) {
       Reg x = V::mul(V::load(s + j), scale);
       if (mod.softcap > 0) {
@@ -161,6 +129,7 @@ void modify_scores(const Problem& p, int64_t b, const ScoreTile<V>& tile, typena
         x = V::mul(cap, t);
         if (slope) V::store(slope + r * slope_ld + j, V::sub(V::set1(Real(1)), V::mul(t, t)));
       }
+      if (mod.alibi.present()) x = V::fma(fall, distance.at(tile.rows[r].query, j), x);
       if (bias) {
         const int lanes = int(tile.keys - j < V::kWidth ? tile.keys - j : V::kWidth);
         const Reg y = lanes == V::kWidth ? V::load(bias + j) : V::load_n(bias + j, lanes);
@@ -172,39 +141,26 @@ void modify_scores(const Problem& p, int64_t b, const ScoreTile<V>& tile, typena
   }
 }
 
+// Everything between dot product and softmax. `partial`: the band or a length cuts the tile.
 template <class V>
-void apply_mask(const View4& mask, int64_t b, const ScoreTile<V>& tile) {
-  using Real = typename V::Elem;
-  const auto hidden = V::set1(Real(-__builtin_inf()));
-  for (int r = 0; r < tile.row_count; ++r) {
-    Real* s = tile.s + r * tile.ld;
-    const auto* m = static_cast<const uint8_t*>(mask.data) +
-                    mask.offset(b, tile.rows[r].head, tile.rows[r].query) + tile.k_begin * mask.stride[3];
-    if (mask.stride[3] == 1) {
-      for (int64_t j = 0; j < tile.keys; j += V::kWidth) {
-        const int lanes = int(tile.keys - j < V::kWidth ? tile.keys - j : V::kWidth);
-        V::store(s + j, V::select(V::bytes_set(m + j, lanes), V::load(s + j), hidden));
-      }
-    } else {
-      for (int64_t j = 0; j < tile.keys; ++j) {
-        if (!m[j * mask.stride[3]]) s[j] = Real(-__builtin_inf());
-      }
-    }
-  }
-}
-
-// Everything between dot product and softmax. `partial`: the band or a length cuts the
-// tile; `masked`: its part of the bool mask is mixed.
-template <class V>
-FAE_INLINE void finish_scores(const Problem& p, int64_t b, int64_t kv_length, bool partial, bool masked,
+FAE_INLINE void finish_scores(const Problem& p, const Sequence& sequence, bool partial, const TileMask& mask,
                               const ScoreTile<V>& tile, typename V::Elem* scratch,
                               typename V::Elem* slope = nullptr, int64_t slope_ld = 0) {
-  if (!p.score.is_plain()) modify_scores<V>(p, b, tile, slope, slope_ld, scratch);
-  if (masked) apply_mask<V>(p.masking.mask, b, tile);
+  if (!p.score.is_plain()) modify_scores<V>(p, sequence, tile, slope, slope_ld, scratch);
+  if (mask.by_mask || mask.by_intervals) {
+    const Masking& m = p.masking;
+    for (int r = 0; r < tile.row_count; ++r) {
+      const RowRef& row = tile.rows[r];
+      typename V::Elem* s = tile.s + r * tile.ld;
+      if (mask.by_mask)
+        apply_mask_row<V>(m.mask, m.mask.row(tile.b, row.head, row.query), tile.k_begin, tile.keys, s);
+      if (mask.by_intervals) apply_intervals_row(m.intervals, tile.b, row.query, tile.k_begin, tile.keys, s);
+    }
+  }
   if (!partial && tile.keys == tile.columns) return;
   for (int r = 0; r < tile.row_count; ++r) {
     const int64_t i = tile.rows[r].query;
-    const KeyRange seen = visible_keys(p.masking.band, kv_length, i, i + 1);
+    const KeyRange seen = visible_keys(sequence.band, sequence.kv_length, i, i + 1);
     int64_t begin = seen.begin - tile.k_begin, end = seen.end - tile.k_begin;
     if (end > tile.keys) end = tile.keys;
     if (begin < 0) begin = 0;

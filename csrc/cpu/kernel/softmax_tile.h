@@ -9,6 +9,8 @@ namespace fae::cpu::FAE_ISA_NAMESPACE {
 
 inline float log_of(float x) { return ::logf(x); }
 inline double log_of(double x) { return ::log(x); }
+inline float exp_of(float x) { return ::expf(x); }
+inline double exp_of(double x) { return ::exp(x); }
 
 template <class V>
 FAE_INLINE typename V::Elem row_maximum(const typename V::Elem* s, int64_t columns) {

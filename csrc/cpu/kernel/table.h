@@ -3,6 +3,7 @@
 
 #include "cpu/kernel/backward.h"
 #include "cpu/kernel/bias_grad.h"
+#include "cpu/kernel/decode.h"
 #include "cpu/kernel/forward.h"
 #include "cpu/kernel/log_sum.h"
 #include "cpu/kernel_table.h"
@@ -11,11 +12,13 @@ namespace fae::cpu::FAE_ISA_NAMESPACE {
 
 template <class P, class S>
 size_t forward_workspace(const ForwardCall& call, const Plan& plan) {
-  return Forward<P, S>(call, plan, nullptr).bytes();
+  return plan.direct ? Decode<P, S>(call, plan, nullptr).bytes() : Forward<P, S>(call, plan, nullptr).bytes();
 }
 template <class P, class S>
-void forward_task(const ForwardCall& call, const Plan& plan, int64_t task, std::byte* workspace) {
-  Forward<P, S>(call, plan, workspace).run(task);
+void forward_task(const ForwardCall& call, const Plan& plan, int64_t task, std::byte* parts,
+                  std::byte* workspace) {
+  if (plan.direct) Decode<P, S>(call, plan, workspace).run(task, parts);
+  else Forward<P, S>(call, plan, workspace).run(task);
 }
 
 template <class P, class S>
@@ -61,8 +64,8 @@ struct LogSumFunctions {
     return LogSum<P, S>(call, plan, nullptr).bytes();
   }
   static int64_t tasks(const BackwardCall& call, const Plan& plan) { return LogSum<P, S>::tasks(call, plan); }
-  static void run(const BackwardCall& call, const Plan& plan, int64_t task, void* low, std::byte* workspace) {
-    LogSum<P, S>(call, plan, workspace).run(task, low);
+  static void run(const BackwardCall& call, const Plan& plan, int64_t task, std::byte* workspace) {
+    LogSum<P, S>(call, plan, workspace).run(task);
   }
 };
 

@@ -35,9 +35,10 @@ class RowStatsKernel {
   // Past this, neighbouring scores in fp32 lie further apart than the logarithm of any sum.
   static constexpr double kBeyondSums = 268435456.0;
 
-  static FAE_DEVICE double load_lse(const void* data, int64_t at) {
-    if constexpr (kWideLse) return load_global(static_cast<const double*>(data) + at);
-    else return load_global(static_cast<const float*>(data) + at);
+  static FAE_DEVICE double load_lse(const RowValues<const void>& from, int batch, int head, int i) {
+    const int64_t at = from.index(batch, head, i);
+    if constexpr (kWideLse) return load_global(static_cast<const double*>(from.data) + at);
+    else return load_global(static_cast<const float*>(from.data) + at);
   }
 
   static FAE_DEVICE void run_row(const Params& params, int64_t unit, int row) {
@@ -49,8 +50,7 @@ class RowStatsKernel {
       const int batch = int(unit / p.heads_kv), head_kv = int(unit % p.heads_kv);
       const PackedRows rows(row, p.group());
       const int head = head_kv * int(p.group()) + rows.head(0), i = rows.query(0);
-      const int64_t flat = (int64_t(batch) * p.heads_q + head) * p.seq_q + i;
-      lse = load_lse(params.call.lse, flat);
+      lse = load_lse(params.call.lse, batch, head, i);
       // A row without keys: exp(-inf - inf) is 0, exp(-inf + inf) would not be.
       if (lse == -__builtin_inf()) lse = __builtin_inf();
       double base = lse;
@@ -69,7 +69,7 @@ class RowStatsKernel {
       lse = base;
       delta =
           dot_rows(params, params.call.out.offset(batch, head, i), params.call.dout.offset(batch, head, i));
-      if (params.call.dlse) delta -= float(load_lse(params.call.dlse, flat));
+      if (params.call.dlse.present()) delta -= float(load_lse(params.call.dlse, batch, head, i));
     }
     if (lane_index() != 0) return;
     store_global(params.stats.lse + at, float(lse));

@@ -1,6 +1,7 @@
 // Chooses kernels and grids; host arithmetic only.
 #include <algorithm>
 #include <limits>
+#include <utility>
 
 #include "cuda/api.h"
 #include "cuda/launch/variant.h"
@@ -59,6 +60,17 @@ Plan begin(const Problem& p, const Device& device, const Options& options) {
                               std::to_string(device.compute_capability % 10));
   }
   if (p.dtype == DType::kFloat64) plan.objections.push_back("there are no CUDA kernels for float64");
+  const std::pair<bool, const char*> unserved[] = {
+      {p.score.alibi.present(), "alibi_slopes"},
+      {p.score.sinks.present(), "sinks"},
+      {p.dropout.present(), "dropout_p"},
+      {p.masking.intervals.present(), "row_labels"},
+      {p.masking.mask.present() && !p.masking.mask.dense(), "a block-sparse mask"},
+      {p.packing.present(), "cu_seqlens_q"},
+  };
+  for (const auto& [given, name] : unserved) {
+    if (given) plan.objections.push_back(std::string("its kernels do not know ") + name);
+  }
   if (p.packed_rows() > kMost || p.seq_kv > kMost) {
     plan.objections.push_back("a head has more than 2^31 rows");
   }

@@ -184,12 +184,13 @@ class Forward {
   }
 
   FAE_DEVICE void store_lse(int r, double lse) const {
-    if (!params_.call.lse) return;
-    const int64_t at = (batch_ * p_.heads_q + head_q() + rows_.head(r)) * p_.seq_q + rows_.query(r);
+    const RowValues<void>& to = params_.call.lse;
+    if (!to.present()) return;
+    const int64_t at = to.index(batch_, head_q() + rows_.head(r), rows_.query(r));
     if constexpr (lse_dtype(DTypeOf<T>::value) == DType::kFloat64) {
-      store_global(static_cast<double*>(params_.call.lse) + at, lse);
+      store_global(static_cast<double*>(to.data) + at, lse);
     } else {
-      store_global(static_cast<float*>(params_.call.lse) + at, float(lse));
+      store_global(static_cast<float*>(to.data) + at, float(lse));
     }
   }
 

@@ -85,18 +85,21 @@ struct ScoreFunctions {
   static void to_refs(const probe::Row* rows, int count, RowRef* refs) {
     for (int i = 0; i < count; ++i) refs[i] = {rows[i].head, rows[i].query};
   }
-  static void finish(const Problem& p, int64_t b, int64_t kv_length, bool partial, bool masked,
-                     const probe::Tile<Real>& tile, Real* scratch, Real* slope, int64_t slope_ld) {
+  static void finish(const Problem& p, int64_t b, bool partial, bool masked, const probe::Tile<Real>& tile,
+                     Real* scratch, Real* slope, int64_t slope_ld) {
     RowRef refs[probe::kMaxRows];
     to_refs(tile.rows, tile.row_count, refs);
-    const ScoreTile<V> t{tile.s, tile.ld, tile.k_begin, tile.keys, tile.columns, refs, tile.row_count};
-    finish_scores<V>(p, b, kv_length, partial, masked, t, scratch, slope, slope_ld);
+    const ScoreTile<V> t{tile.s, tile.ld, tile.k_begin, tile.keys, tile.columns, b, refs, tile.row_count};
+    TileMask mask{tile.k_begin, tile.k_begin + tile.keys};
+    mask.by_mask = masked && p.masking.mask.present();
+    mask.by_intervals = masked && p.masking.intervals.present();
+    finish_scores<V>(p, p.sequence(b), partial, mask, t, scratch, slope, slope_ld);
   }
   static TileClass mask_class(const View4& mask, int64_t b, const probe::Row* rows, int count,
                               int64_t k_begin, int64_t k_end) {
     RowRef refs[probe::kMaxRows];
     to_refs(rows, count, refs);
-    return classify_mask(mask, b, refs, count, k_begin, k_end);
+    return classify_mask(BoolMask{mask}, b, refs, count, k_begin, k_end);
   }
   static probe::Row ref(int64_t row, int64_t head_kv, int64_t group) {
     const RowRef r = row_ref(row, head_kv, group);

@@ -1,0 +1,125 @@
+// Forward attention of few query rows (decoding): keys and values are read once, where they lie.
+//
+// One task = all packed rows of some K/V heads of a batch against all keys, or against one of several ranges
+// of them, whose results are then merged (flash-decoding; forward.cpp). Heads that lie side by side
+// in memory go through the keys together, block by block, so that memory is read in its order.
+#pragma once
+
+#include "cpu/kernel/direct.h"
+#include "cpu/kernel/forward_rows.h"
+#include "cpu/kernel/special_rows.h"
+
+namespace fae::cpu::FAE_ISA_NAMESPACE {
+
+template <class P, class S>
+class Decode : private ForwardRows<P, S> {
+  using Base = ForwardRows<P, S>;
+  using typename Base::Real;
+  using typename Base::V;
+  using Base::arena_, Base::p_, Base::plan_, Base::scale_, Base::dim_padded_, Base::dim_v_padded_;
+  using Base::b_, Base::head_kv_, Base::row_begin_, Base::row_end_, Base::sequence_;
+  using Base::q_, Base::acc_, Base::max_, Base::sum_, Base::scratch_, Base::keep_;
+  using Products = Direct<P, S>;
+
+ public:
+  Decode(const ForwardCall& call, const Plan& plan, std::byte* base)
+      : Base(call, plan, base, round_up(call.problem.dim, Products::kChunk), plan.heads_together) {
+    scores_ = arena_.template take<Real>(kDirectRows * plan.block_kv);
+    before_ = arena_.template take<Real>(kDirectRows * dim_v_padded_);
+  }
+  size_t bytes() const { return arena_.used(); }
+
+  // parts: with several ranges of keys, where each leaves its share; see KeySplit.
+  void run(int64_t task, std::byte* parts) {
+    const int64_t groups = (p_.heads_kv + plan_.heads_together - 1) / plan_.heads_together;
+    const int64_t first = task % groups * plan_.heads_together, b = task / groups % p_.batch;
+    const int64_t left = p_.heads_kv - first, split = task / groups / p_.batch;
+    const int64_t heads = left < plan_.heads_together ? left : plan_.heads_together;
+    if (!this->select(b * p_.heads_kv + first, 0)) return;
+    for_each_head(heads, [&] { this->load_queries(split == 0); });
+    KeyRange keys = this->keys_of_task();
+    if (plan_.splits > 1) {
+      const int64_t begin = split * plan_.split_keys, end = begin + plan_.split_keys;
+      if (keys.begin < begin) keys.begin = begin;
+      if (keys.end > end) keys.end = end;
+    }
+    for (int64_t k = keys.begin / 4 * 4; k < keys.end; k += plan_.block_kv) {
+      const int64_t end = k + plan_.block_kv < keys.end ? k + plan_.block_kv : keys.end;
+      for_each_head(heads, [&] { attend_block(k, end); });
+    }
+    for_each_head(heads, [&] {
+      const int64_t part = split * p_.batch * p_.heads_kv + b * p_.heads_kv + head_kv_;
+      if (plan_.splits == 1) this->store_rows();
+      else leave_rows(reinterpret_cast<Real*>(parts) + part * plan_.block_q * (p_.dim_v + 2));
+    });
+  }
+
+ private:
+  template <class Fn>
+  FAE_INLINE void for_each_head(int64_t heads, Fn&& fn) {
+    for (int64_t i = 0; i < heads; ++i) {
+      fn();
+      this->move(1);
+    }
+    this->move(-heads);
+  }
+
+  void attend_block(int64_t k_begin, int64_t k_end) {
+    const int rows = int(row_end_ - row_begin_);
+    RowRef refs[kDirectRows];
+    for (int i = 0; i < rows; ++i) refs[i] = row_ref(row_begin_ + i, head_kv_, p_.group());
+    TileMask mask{k_begin, k_end};
+    if (p_.has_mask()) mask = classify_masks(p_, b_, refs, rows, k_begin, k_end);
+    if (mask.skip()) return;
+    mask.begin = mask.begin / 4 * 4;  // dropout draws for four keys at a time
+    const int64_t keys = mask.end - mask.begin, columns = round_up(keys, V::kWidth), ld = plan_.block_kv;
+    Products::score(q_, dim_padded_, rows, this->keys_of(p_.k, mask.begin), keys, p_.dim, scores_, ld);
+
+    const ScoreTile<V> tile{scores_, ld, mask.begin, keys, columns, b_, refs, rows};
+    const bool partial = classify(sequence_.band, sequence_.kv_length, refs[0].query,
+                                  refs[rows - 1].query + 1, mask.begin, mask.end) != TileClass::kFull;
+    finish_scores<V>(p_, sequence_, partial, mask, tile, scratch_);
+    Real alpha[kDirectRows];
+    for (int i = 0; i < rows; ++i) {
+      Real* const s = scores_ + i * ld;
+      alpha[i] = softmax_row<FmaProduct<V>>(s, columns, scale_.exponent_scale, max_ + i, sum_ + i, s);
+      if (keep_) this->drop(refs[i], mask.begin, keys, s);
+    }
+    for (int64_t c = 0; c < rows * dim_v_padded_; c += V::kWidth) V::store(before_ + c, V::load(acc_ + c));
+    const SourceRows<S> values = this->keys_of(p_.v, mask.begin);
+    Products::accumulate(scores_, ld, rows, alpha, values, keys, p_.dim_v, acc_, dim_v_padded_);
+    FiniteWatch<V> watch;
+    for (int64_t c = 0; c < rows * dim_v_padded_; c += V::kWidth) watch.see(V::load(acc_ + c));
+    if (!watch.all_finite()) accumulate_visible(refs, rows, alpha, values, tile);
+  }
+
+  // The same sums once more, but of keys that a row sees: 0 * NaN of a hidden one would be NaN.
+  void accumulate_visible(const RowRef* refs, int rows, const Real* alpha, const SourceRows<S>& values,
+                          const ScoreTile<V>& tile) {
+    for (int r = 0; r < rows; ++r) {
+      Real* const acc = acc_ + r * dim_v_padded_;
+      for (int64_t c = 0; c < p_.dim_v; ++c) acc[c] = alpha[r] * before_[r * dim_v_padded_ + c];
+      for (int64_t j = 0; j < tile.keys; ++j) {
+        if (!is_visible(p_, sequence_, b_, refs[r].head, refs[r].query, tile.k_begin + j)) continue;
+        add_special_row(tile.s[r * tile.ld + j], values.data + j * values.row, values.column, p_.dim_v, acc);
+      }
+    }
+  }
+
+  void leave_rows(Real* at) const {
+    const KeySplit<Real> part{at, at + plan_.block_q, at + 2 * plan_.block_q};
+    for (int64_t i = 0; i < row_end_ - row_begin_; ++i) {
+      // In the merge a sink alone is to remain what it is.
+      const bool sunk = p_.score.sinks.present() && sum_[i] == 1;
+      const Real sink = sunk ? Real(p_.score.sinks.at(b_, this->row(i).head)) : Real(0);
+      part.max[i] = sunk && max_[i] == sink / scale_.natural ? sink : max_[i] * scale_.natural;
+      part.sum[i] = sum_[i];
+      for (int64_t c = 0; c < p_.dim_v; ++c) part.acc[i * p_.dim_v + c] = acc_[i * dim_v_padded_ + c];
+    }
+  }
+
+  Real* scores_;  // [kDirectRows][block_kv]
+  Real* before_;  // [kDirectRows][dim_v_padded], sums before the block
+};
+
+}  // namespace fae::cpu::FAE_ISA_NAMESPACE

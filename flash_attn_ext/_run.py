@@ -1,0 +1,116 @@
+"""From a call whose backend is chosen to its result, for both families of operators."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _cuda, _errors, autograd, dispatch, ops, portable, reference
+from ._problem import LAYOUTS, lse_dtype
+from ._windows import CAUSAL
+from .config import AttentionConfig
+
+
+def run(
+    name: str,
+    operators: ops.Operators,
+    call: tuple,
+    return_lse: bool,
+    needs_grad: bool,
+    own: tuple,
+    out: Tensor | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`out`, or (out, lse). `call`: q, k, v and the options of the operators' family; `own`: what follows
+    those in the operators' arguments."""
+    need_lse = return_lse or needs_grad
+    if out is not None:
+        lse = _write(name, operators, call, need_lse, own, out, needs_grad)
+    elif name == "standard":
+        options, _ = operators.family.read(call[3:])
+        if not torch.compiler.is_compiling():
+            _errors.check_call(*call[:3], options)
+        out, lse = reference.attention(*call[:3], options, return_lse)
+    elif torch.compiler.is_compiling():
+        out, lse = operators.attention(*call, need_lse, *own)
+    elif not needs_grad:
+        out, lse = operators.forward(*call, need_lse, *own)
+    else:
+        out, lse = autograd.attention(operators, *call, need_lse, *own)
+    return (out, lse.to(lse_dtype(call[0]))) if return_lse else out
+
+
+def _write(
+    name: str,
+    operators: ops.Operators,
+    call: tuple,
+    need_lse: bool,
+    own: tuple,
+    out: Tensor,
+    needs_grad: bool,
+) -> Tensor:
+    """Computes into `out` and returns the LSE."""
+    if needs_grad:
+        raise ValueError(
+            "out must be None when q, k, v or an option requires grad: gradients do not flow through it; "
+            "use torch.no_grad() to write into it all the same"
+        )
+    if name not in ("portable", "standard"):
+        return operators.forward_out(*call[:3], out, *call[3:], need_lse, *own)
+    options, _ = operators.family.read(call[3:])
+    if name == "portable":
+        return portable.forward(*call[:3], options, need_lse, *own, out=out)[1]
+    _errors.check_call(*call[:3], options, out)
+    result, lse = reference.attention(*call[:3], options, need_lse)
+    out.copy_(result)
+    return lse
+
+
+def own_arguments(
+    name: str,
+    config: AttentionConfig,
+    batch_invariant: bool,
+    deterministic: bool | None,
+    dtype: torch.dtype,
+) -> tuple:
+    """What a backend's operators want to be told beyond the options: their last arguments."""
+    blocks = dispatch.blocks(name, config, batch_invariant)
+    if name == "cpu":
+        advice = (*blocks, config.num_splits or 0, batch_invariant)
+        return (False, False, *advice) if any(advice) else ()
+    if name in _cuda.BACKENDS:
+        if deterministic is None:
+            deterministic = torch.are_deterministic_algorithms_enabled()
+        return deterministic, dtype == torch.float32 and _cuda.tf32_is_allowed()
+    return blocks
+
+
+def check_types(
+    q: object,
+    k: object,
+    v: object,
+    tensors: tuple,
+    layout: object,
+    causal: object,
+    scale: object,
+    softcap: object,
+    config: object,
+) -> None:
+    """Raises for an argument that the validator, which reads tensors and numbers, could not even be given.
+    `tensors`: mask, bias, kv_lengths, out, and what else of `_TENSORS` there is."""
+    for name, value in {"q": q, "k": k, "v": v}.items():
+        _errors.check_tensor(name, value)
+    for name, value in zip(_TENSORS, tensors, strict=False):
+        if value is not None:
+            _errors.check_tensor(name, value)
+    _errors.choice("layout", layout, LAYOUTS)
+    _errors.choice("causal", causal, CAUSAL)
+    for name, value in {"scale": 0.0 if scale is None else scale, "softcap": softcap}.items():
+        if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not hasattr(
+            value, "__float__"
+        ):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if config is not None and not isinstance(config, AttentionConfig):
+        raise TypeError(f"config must be an AttentionConfig or None, got {type(config).__name__}")
+
+
+_TENSORS = ("mask", "bias", "kv_lengths", "out", "alibi_slopes", "sinks")
