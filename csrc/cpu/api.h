@@ -30,7 +30,7 @@ struct Plan {
   int64_t block_kv = 0;  // keys packed at a time
   int64_t tasks = 0;     // per round
   int64_t chunks = 1;    // backward: row chunks per K/V head that work side by side
-  bool direct = false;   // forward of few rows: keys and values are not packed but read where they lie
+  bool direct = false;   // few rows: queries are multiplied with keys where they lie, not packed
   int64_t splits = 1;    // then: ranges of keys that work side by side, split_keys each
   int64_t split_keys = 0;
   int64_t heads_together = 1;  // K/V heads that a task takes through the keys side by side

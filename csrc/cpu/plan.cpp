@@ -189,6 +189,7 @@ Plan plan_backward(const Problem& p, Isa isa, int threads, const Advice& advice)
     plan.chunks = std::clamp<int64_t>(rows / kFewestRows, 1, ceil_div(kEnoughTasks, units));
   }
   plan.tasks = units * plan.chunks;
+  plan.direct = wants_direct(p, advice);
   BackwardCall call;
   call.problem = p;
   plan.worker_bytes =

@@ -108,7 +108,7 @@ Tiles visible_tiles(const Case& c, int64_t rows, int64_t keys) {
           bool seen = false;
           for (int64_t r = row; r < std::min(row + rows, p.packed_rows()) && !seen; ++r) {
             for (int64_t j = k * keys; j < std::min((k + 1) * keys, p.seq_kv) && !seen; ++j) {
-              seen = is_visible(p, b, h * group + r % group, r / group, j);
+              seen = is_visible(p, p.sequence(b), b, h * group + r % group, r / group, j);
             }
           }
           tiles.pairs += seen;

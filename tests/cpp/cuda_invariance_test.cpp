@@ -64,7 +64,7 @@ TEST_P(CudaInvariance, ForwardDoesNotDependOnOtherRows) {
       band.lo += begin;
       band.hi += begin;
       std::vector<double> lse(size_t(spec.heads_q * rows));
-      call.lse.data = lse.data();
+      call.lse = {lse.data(), spec.heads_q * rows, rows};
       launch_forward(c, call, lse.size() * size_t(size_of(c.lse_dtype())), {});
       for (int64_t h = 0; h < spec.heads_q; ++h) {
         for (int64_t i = 0; i < rows; ++i) {

@@ -9,6 +9,7 @@
 #include "cpu/gemm/micro.h"
 #include "cpu/gemm/pack.h"
 #include "cpu/kernel/arena.h"
+#include "cpu/kernel/direct.h"
 #include "cpu/kernel/dropout_tile.h"
 #include "cpu/kernel/score_tile.h"
 
@@ -91,7 +92,7 @@ class ScoreGrad {
 
   ScoreGrad(const BackwardCall& call, const Plan& plan, std::byte* base)
       : call_(call), p_(call.problem), plan_(plan), scale_(call.problem.score), arena_(base) {
-    dim_operand_ = round_up(p_.dim, P::kPair);
+    dim_operand_ = round_up(p_.dim, plan.direct ? Direct<P, S>::kChunk : P::kPair);
     dim_v_operand_ = round_up(p_.dim_v, P::kPair);
     k_columns_ = arena_.take<Operand>(panel_operands<P>(plan.block_kv, p_.dim));
     v_columns_ = arena_.take<Operand>(panel_operands<P>(plan.block_kv, p_.dim_v));
@@ -146,7 +147,7 @@ class ScoreGrad {
   void load_keys(int64_t k_begin, int64_t k_end) {
     k_begin_ = k_begin;
     k_end_ = k_end;
-    pack_transposed<P>(keys_of(p_.k, k_begin), k_end - k_begin, p_.dim, k_columns_);
+    if (!plan_.direct) pack_transposed<P>(keys_of(p_.k, k_begin), k_end - k_begin, p_.dim, k_columns_);
     pack_transposed<P>(keys_of(p_.v, k_begin), k_end - k_begin, p_.dim_v, v_columns_);
   }
 
@@ -158,6 +159,8 @@ class ScoreGrad {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t r = row - begin;
       pack_operand<P>(query_of(p_.q, row), 1, p_.dim, q_ + r * dim_operand_);
+      for (int64_t c = round_up(p_.dim, P::kPair); c < dim_operand_; ++c)
+        q_[r * dim_operand_ + c] = Operand{};
       pack_operand<P>(query_of(call_.dout, row), 1, p_.dim_v, dout_ + r * dim_v_operand_);
       const Lse lse = value_of<Lse>(call_.lse, row);
       // A row without keys: exp(-inf - inf) is 0, exp(-inf + inf) would not be.
@@ -203,7 +206,14 @@ class ScoreGrad {
     const int64_t keys = mask.end - k_begin_ - first;
     const int64_t columns = round_up(keys, V::kWidth);
     *range = {first, keys, columns, mask.narrowed};
-    multiply_columns(q_ + row * dim_operand_, dim_operand_, k_columns_, rows, *range, s, ld);
+    // By the very product of the forward pass: P adds up to 1 although both are rounded.
+    const Operand* const q = q_ + row * dim_operand_;
+    if (plan_.direct) {
+      Direct<P, S>::score(q, dim_operand_, rows, keys_of(p_.k, k_begin_ + first), keys, p_.dim, s + first,
+                          ld);
+    } else {
+      multiply_columns(q, dim_operand_, k_columns_, rows, *range, s, ld);
+    }
     const bool partial = classify(sequence_.band, sequence_.kv_length, q_begin, q_end, k_begin_ + first,
                                   mask.end) != TileClass::kFull;
     const ScoreTile<V> tile{s + first, ld, k_begin_ + first, keys, columns, b_, refs, rows};

@@ -1,0 +1,304 @@
+"""`flash_attn`'s functions, signatures and semantics as of 2.8, on CPUs and NVIDIA GPUs, for any dtype, head
+dim and strides that `flash_attention` takes.
+
+    from flash_attn_ext.compat.flash_attn import flash_attn_func
+
+or, for models that insist on the package itself, `install()` before they are imported.
+
+Tensors are (batch, seq, heads, dim), or packed (total, heads, dim). `causal` is aligned bottom right, windows
+are (left, right) with -1 for unbounded, ALiBi adds -slope * |i + seq_k - seq_q - j|. With
+`return_attn_probs` a function returns (out, softmax_lse, S_dmask): the LSE in float32, (batch, heads, seq) or
+(heads, total), and for dropout_p > 0 the probabilities (batch, heads, seq_q, seq_k), negative where dropped.
+`sinks` is what forks of the package know: one more logit per head, (heads,), without a value.
+
+Source: https://github.com/Dao-AILab/flash-attention; Dao, FlashAttention-2, 2023, arXiv:2307.08691.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..functional import flash_attention
+from ..testing import next_rng_state
+from ..varlen import flash_attention_varlen
+from . import _raw
+from ._installed import install
+from ._probabilities import signed_probabilities
+from .bert_padding import index_first_axis, pad_input, unpad_input
+
+__version__ = "2.8.3"  # whose interface this is
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "index_first_axis",
+    "install",
+    "pad_input",
+    "unpad_input",
+]
+
+Result = Tensor | tuple[Tensor, Tensor, Tensor]
+
+
+def _attend(
+    attention: Callable,
+    q: Tensor,
+    k: Tensor,
+    scores: dict,
+    dropout_p: float,
+    deterministic: bool,
+    return_attn_probs: bool,
+    starts: tuple[Tensor, Tensor] | None = None,
+) -> Result:
+    options = {**scores, "dropout_p": dropout_p, "deterministic": deterministic or None}
+    if not return_attn_probs:
+        return attention(**options)
+    # What the call draws next: the mask is a function of it.
+    state = next_rng_state(q.device) if dropout_p > 0 else None
+    out, lse = attention(**options, return_lse=True)
+    lse = lse.float()
+    if state is None:
+        return out, lse, q.new_empty(0)
+    lists = None if starts is None else tuple(cu.tolist() for cu in starts)
+    q, k, log_sum = q.detach(), k.detach(), lse.detach()
+    return out, lse, signed_probabilities(q, k, log_sum, state, dropout_p, **scores, starts=lists)
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    sinks: Tensor | None = None,
+) -> Result:
+    """Attention of (batch, seq, heads, dim) tensors; k and v may have fewer heads.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `flash_attn_ext.flash_attention`.
+
+    Example:
+        >>> q = torch.randn(2, 128, 8, 64); k = v = torch.randn(2, 128, 2, 64)
+        >>> flash_attn_func(q, k, v, causal=True).shape
+        torch.Size([2, 128, 8, 64])
+    """
+    scores = {
+        "scale": softmax_scale,
+        "causal": causal,
+        "window": window_size,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+    }
+
+    def attention(**options):
+        return flash_attention(q, k, v, **options)
+
+    return _attend(attention, q, k, scores, dropout_p, deterministic, return_attn_probs)
+
+
+def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *arguments, **options) -> Result:
+    """`flash_attn_func` on the two slices of kv (batch, seq, 2, heads, dim)."""
+    k, v = kv.unbind(2)
+    return flash_attn_func(q, k, v, *arguments, **options)
+
+
+def flash_attn_qkvpacked_func(qkv: Tensor, *arguments, **options) -> Result:
+    """`flash_attn_func` on the three slices of qkv (batch, seq, 3, heads, dim)."""
+    return flash_attn_func(*qkv.unbind(2), *arguments, **options)
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor | None,
+    max_seqlen_k: int | Tensor | None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+    *,
+    sinks: Tensor | None = None,
+) -> Result:
+    """Attention of packed sequences: q (total_q, heads, dim), sequence b in rows cu_seqlens_q[b] up to
+    cu_seqlens_q[b + 1], and k, v likewise.
+
+    Raises:
+        NotImplementedError: block_table was given. Others as `flash_attn_ext.flash_attention_varlen`.
+    """
+    if block_table is not None:
+        raise NotImplementedError("block_table must be None: keys in pages are not served here yet")
+    scores = {
+        "scale": softmax_scale,
+        "causal": causal,
+        "window": window_size,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+    }
+    starts = (cu_seqlens_q, cu_seqlens_k)
+
+    def attention(**options):
+        return flash_attention_varlen(q, k, v, *starts, max_seqlen_q, max_seqlen_k, **options)
+
+    return _attend(attention, q, k, scores, dropout_p, deterministic, return_attn_probs, starts)
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *arguments,
+    **options,
+) -> Result:
+    """`flash_attn_varlen_func` with kv (total_k, 2, heads, dim)."""
+    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return flash_attn_varlen_func(q, *kv.unbind(1), *packing, *arguments, **options)
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *arguments, **options
+) -> Result:
+    """`flash_attn_varlen_func` on the three slices of qkv (total, 3, heads, dim)."""
+    packing = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return flash_attn_varlen_func(*qkv.unbind(1), *packing, *arguments, **options)
+
+
+def _flash_attn_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_softmax: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, softmax_lse, S_dmask, rng_state), outside autograd; S_dmask is empty without a dropout."""
+    window = (window_size_left, window_size_right)
+    scores = (softmax_scale, causal, window, softcap, alibi_slopes)
+    return _raw.forward(q, k, v, dropout_p, return_softmax, *scores, packing={})
+
+
+def _flash_attn_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    rng_state: Tensor | None = None,
+) -> Tensor:
+    """Writes dq, dk and dv; returns rowsum(dout * out), (batch, heads, seq_q) float32."""
+    window = (window_size_left, window_size_right)
+    scores = (softmax_scale, causal, window, softcap, alibi_slopes)
+    saved, grads = (q, k, v, out, softmax_lse), (dq, dk, dv)
+    return _raw.backward(dout, saved, grads, dropout_p, deterministic, rng_state, *scores, packing={})
+
+
+def _flash_attn_varlen_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_softmax: bool = False,
+    block_table: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    zero_tensors: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, softmax_lse, S_dmask, rng_state) of packed sequences; softmax_lse (heads, total_q)."""
+    for name, value in (("block_table", block_table), ("leftpad_k", leftpad_k), ("seqused_k", seqused_k)):
+        if value is not None:
+            raise NotImplementedError(f"{name} must be None: it is not served here yet")
+    del zero_tensors  # what belongs to no sequence is 0 anyway
+    window = (window_size_left, window_size_right)
+    scores = (softmax_scale, causal, window, softcap, alibi_slopes)
+    packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return _raw.forward(q, k, v, dropout_p, return_softmax, *scores, packing=packing)
+
+
+def _flash_attn_varlen_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    rng_state: Tensor | None = None,
+    zero_tensors: bool = False,
+) -> Tensor:
+    """Writes dq, dk and dv; returns rowsum(dout * out), (heads, total_q) float32."""
+    del zero_tensors
+    window = (window_size_left, window_size_right)
+    scores = (softmax_scale, causal, window, softcap, alibi_slopes)
+    packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    saved, grads = (q, k, v, out, softmax_lse), (dq, dk, dv)
+    return _raw.backward(dout, saved, grads, dropout_p, deterministic, rng_state, *scores, packing=packing)
+
+
+def _packing(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int) -> dict:
+    longest = {"max_seqlen_q": int(max_seqlen_q), "max_seqlen_k": int(max_seqlen_k)}
+    return {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, **longest}

@@ -1,0 +1,218 @@
+"""flash_attn's interface: signatures, results, LSE shapes, raw functions, padding, and the package's name."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+import flash_attn_ext as fae
+from flash_attn_ext.compat import flash_attn as compat
+from flash_attn_ext.compat.flash_attn import flash_attn_func, flash_attn_varlen_func
+
+SCORES = [
+    {},
+    {"causal": True},
+    {"window_size": (5, 2)},
+    {"causal": True, "softcap": 2.0, "softmax_scale": 0.3},
+    {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0]), "causal": True, "window_size": (9, -1)},
+]
+
+
+def tensors(seq_q=9, seq_k=13, heads_kv=2, dtype=torch.float32) -> list[Tensor]:
+    shapes = [(2, seq_q, 4, 16), (2, seq_k, heads_kv, 16), (2, seq_k, heads_kv, 16)]
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def ours(scores: dict) -> dict:
+    """The same in the words of `flash_attention`."""
+    names = {"window_size": "window", "softmax_scale": "scale"}
+    return {names.get(name, name): value for name, value in scores.items()}
+
+
+@pytest.mark.parametrize("scores", SCORES, ids=lambda s: "-".join(s) or "plain")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_func_is_flash_attention(scores, dtype):
+    q, k, v = tensors(dtype=dtype)
+    expected = fae.flash_attention(q, k, v, **ours(scores))
+    got = flash_attn_func(q, k, v, **scores)
+    assert torch.equal(got, expected)
+    dout = torch.randn_like(got)
+    for a, b in zip(
+        torch.autograd.grad(got, (q, k, v), dout), torch.autograd.grad(expected, (q, k, v), dout), strict=True
+    ):
+        assert torch.equal(a, b)
+    positional = (0.0, scores.get("softmax_scale"), scores.get("causal", False))
+    rest = (scores.get("window_size", (-1, -1)), scores.get("softcap", 0.0), scores.get("alibi_slopes"))
+    kv, same = torch.stack((k, v), 2), (*positional, *rest, True)
+    assert torch.equal(compat.flash_attn_kvpacked_func(q, kv, *same), expected)
+    qkv = torch.stack((q, q, q), 2)
+    assert torch.equal(compat.flash_attn_qkvpacked_func(qkv, *same), flash_attn_func(q, q, q, *same))
+
+
+@pytest.mark.parametrize("scores", SCORES, ids=lambda s: "-".join(s) or "plain")
+def test_varlen_is_each_sequence_alone(scores):
+    lengths = [(3, 5), (0, 4), (6, 0), (9, 9)]
+    cu = [torch.tensor([0, *(n[i] for n in lengths)]).cumsum(0).int() for i in (0, 1)]
+    q, k, v = (torch.randn(int(cu[min(i, 1)][-1]), 4 if i == 0 else 2, 16) for i in range(3))
+    got = flash_attn_varlen_func(q, k, v, *cu, 9, 9, **scores)
+    kv = torch.stack((k, v), 1)
+    assert torch.equal(compat.flash_attn_varlen_kvpacked_func(q, kv, *cu, 9, 9, **scores), got)
+    qkv = torch.stack((q, q, q), 1)
+    own = flash_attn_varlen_func(q, q, q, cu[0], cu[0], 9, 9, **scores)
+    assert torch.equal(compat.flash_attn_varlen_qkvpacked_func(qkv, cu[0], 9, **scores), own)
+    for b in range(len(lengths)):
+        rows, keys = (slice(int(c[b]), int(c[b + 1])) for c in cu)
+        alone = flash_attn_func(q[None, rows], k[None, keys], v[None, keys], **scores)[0]
+        torch.testing.assert_close(got[rows], alone)
+
+
+@pytest.mark.parametrize("scores", SCORES, ids=lambda s: "-".join(s) or "plain")
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+def test_probabilities_on_request(scores, packed):
+    with torch.no_grad():
+        q, k, v = tensors(seq_q=9, seq_k=9)
+        call, lse_shape = (lambda **o: flash_attn_func(q, k, v, **scores, **o)), (2, 4, 9)
+        if packed:
+            cu = torch.tensor([0, 9, 18], dtype=torch.int32)
+            flat = [t.flatten(0, 1) for t in (q, k, v)]
+            call, lse_shape = (
+                (lambda **o: flash_attn_varlen_func(*flat, cu, cu, 9, 9, **scores, **o)),
+                (4, 18),
+            )
+        out, lse, nothing = call(return_attn_probs=True)
+        assert lse.shape == lse_shape and lse.dtype == torch.float32 and nothing.numel() == 0
+        out, lse, signed = call(dropout_p=0.4, return_attn_probs=True)
+        assert signed.shape == (2, 4, 9, 9) and (signed < 0).any() and (signed > 0).any()
+        values = v.repeat_interleave(2, 2).transpose(1, 2)
+        kept = (signed.clamp(min=0) / 0.6 @ values).transpose(1, 2)
+        torch.testing.assert_close(kept.reshape(out.shape), out)
+        rows = signed.abs().sum(-1)
+        torch.testing.assert_close(rows, torch.ones_like(rows))
+
+
+@pytest.mark.parametrize("scores", SCORES, ids=lambda s: "-".join(s) or "plain")
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+def test_raw_functions_agree_with_autograd(scores, dropout_p, packed):
+    q, k, v = tensors(seq_q=9, seq_k=9)
+    names = ("softmax_scale", "causal", "window_size", "softcap", "alibi_slopes")
+    scale, causal, window, softcap, slopes = (
+        scores.get(name, default)
+        for name, default in zip(names, (None, False, (-1, -1), 0.0, None), strict=True)
+    )
+    taken, packing = (q, k, v), ()
+    if packed:
+        cu = torch.tensor([0, 9, 18], dtype=torch.int32)
+        taken, packing = tuple(t.flatten(0, 1) for t in taken), (cu, cu, 9, 9)
+    forward = compat._flash_attn_varlen_forward if packed else compat._flash_attn_forward
+    backward = compat._flash_attn_varlen_backward if packed else compat._flash_attn_backward
+    options = (dropout_p, scale, causal, *window, softcap, slopes)
+
+    torch.manual_seed(3)
+    expected = (flash_attn_varlen_func if packed else flash_attn_func)(*taken, *packing, dropout_p, **scores)
+    dout = torch.randn_like(expected)
+    grads = torch.autograd.grad(expected, taken, dout)
+    torch.manual_seed(3)
+    plain = [t.detach() for t in taken]
+    out, lse, _, rng_state = forward(*plain, *packing, *options)
+    assert torch.equal(out, expected) and not out.requires_grad
+    assert lse.dtype == torch.float32 and lse.shape == ((4, 18) if packed else (2, 4, 9))
+    written = [torch.full_like(t, float("nan")) for t in plain]
+    delta = backward(dout, *plain, out, lse, *written, *packing, *options, True, rng_state)
+    torch.testing.assert_close(delta, (dout * out).sum(-1).mT)
+    for got, want in zip(written, grads, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_dropout_needs_its_state_for_gradients():
+    q, k, v = (t.detach() for t in tensors())
+    out, lse, *_ = compat._flash_attn_forward(q, k, v, 0.3, None, False)
+    with pytest.raises(ValueError, match="rng_state"):
+        compat._flash_attn_backward(out, q, k, v, out, lse, None, None, None, 0.3, None, False)
+
+
+def test_sinks_of_forks():
+    q, k, v = tensors()
+    sinks = torch.randn(4, requires_grad=True)
+    got = flash_attn_func(q, k, v, causal=True, sinks=sinks)
+    assert torch.equal(got, fae.flash_attention(q, k, v, causal=True, sinks=sinks))
+    assert torch.autograd.grad(got.sum(), sinks)[0].abs().sum() > 0
+
+
+def test_pages_are_refused_by_name():
+    q = torch.randn(4, 2, 8)
+    cu = torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match="block_table"):
+        flash_attn_varlen_func(q, q, q, cu, cu, 4, 4, block_table=torch.zeros(1, 1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [
+        (flash_attn_func, "q k v dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic "
+         "return_attn_probs sinks"),
+        (flash_attn_varlen_func, "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k dropout_p softmax_scale "
+         "causal window_size softcap alibi_slopes deterministic return_attn_probs block_table sinks"),
+        (compat._flash_attn_forward, "q k v dropout_p softmax_scale causal window_size_left window_size_right softcap "
+         "alibi_slopes return_softmax"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)  # fmt: skip
+def test_signatures(function, names):
+    """Callers look at them to learn what there is."""
+    assert list(inspect.signature(function).parameters) == names.split()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64], ids=str)
+def test_padding_there_and_back(dtype):
+    x = torch.randn(3, 5, 2, 4, requires_grad=True)
+    mask = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 0, 0, 0], [1, 0, 1, 1, 1]]).to(dtype)
+    packed, indices, cu_seqlens, longest, used = compat.unpad_input(x, mask)
+    assert cu_seqlens.tolist() == [0, 2, 2, 6] and cu_seqlens.dtype == torch.int32
+    assert longest == 4 and used.tolist() == [2, 0, 4]
+    assert torch.equal(packed, x[mask.bool()])
+    padded = compat.pad_input(packed, indices, 3, 5)
+    assert torch.equal(padded, x * mask.bool()[..., None, None])
+    (gradient,) = torch.autograd.grad(padded.sum(), x)
+    assert torch.equal(gradient, mask.bool()[..., None, None].expand_as(x).float())
+    unused = ~mask.bool() if dtype == torch.bool else 1 - mask
+    everything, _, cu_seqlens, longest, used = compat.unpad_input(x, mask, unused)
+    assert len(everything) == 15 and longest == 5 and used.tolist() == [2, 0, 4]
+    assert torch.equal(compat.index_first_axis(x, torch.tensor([2, 0])), x[[2, 0]])
+
+
+INSTALLED = """
+import importlib.metadata, importlib.util, sys
+from flash_attn_ext.compat import flash_attn as compat
+compat.install()
+compat.install()
+import flash_attn
+from flash_attn import flash_attn_func
+from flash_attn.flash_attn_interface import _flash_attn_forward, flash_attn_varlen_func
+from flash_attn.bert_padding import pad_input, unpad_input, index_first_axis
+assert flash_attn_func is compat.flash_attn_func
+assert importlib.util.find_spec("flash_attn") is not None
+assert importlib.metadata.version("flash_attn") == importlib.metadata.version("flash-attn") == flash_attn.__version__
+assert importlib.metadata.version("torch")
+"""
+TOO_LATE = """
+import sys, types
+sys.modules["flash_attn"] = types.ModuleType("flash_attn")
+from flash_attn_ext.compat.flash_attn import install
+try:
+    install()
+except ImportError as error:
+    assert "flash_attn" in str(error)
+else:
+    sys.exit("installed over another one")
+"""
+
+
+@pytest.mark.parametrize("program", [INSTALLED, TOO_LATE], ids=["installed", "too-late"])
+def test_install(program):
+    subprocess.run([sys.executable, "-c", program], check=True)
