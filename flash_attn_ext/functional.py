@@ -115,7 +115,7 @@ def flash_attention(
             raise TypeError(f"deterministic must be a bool or None, got {deterministic!r}")
         if torch._C._is_any_autocast_enabled():
             q, k, v = autograd.autocast(q, k, v)
-        if backend == "auto" and config is None and q.is_cpu and dispatch.is_auto():
+        if backend == "auto" and config is None and not batch_invariant and q.is_cpu and dispatch.is_auto():
             name, own = "cpu", ()
             if not compiling:
                 dispatch.log_auto_cpu()

@@ -293,9 +293,19 @@ class TestChoosing:
                     fae.flash_attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], batch_invariant=True),
                     whole[b : b + 1],
                 )
-            for start in (0, 1, 64, 131):
-                part = fae.flash_attention(q[:, start : start + 67], k, v, batch_invariant=True)
-                assert torch.equal(part, whole[:, start : start + 67]), start
+            for start, rows in ((0, 67), (1, 67), (64, 67), (131, 67), (3, 5), (150, 1)):
+                part = fae.flash_attention(q[:, start : start + rows], k, v, batch_invariant=True)
+                assert torch.equal(part, whole[:, start : start + rows]), (start, rows)
+
+    def test_batch_invariant_gradients(self, cpu_target):
+        """Of one batch alone and among as many that its rows would be cut otherwise."""
+        leaves = [torch.randn(40, 600, 1, 16, requires_grad=True) for _ in range(3)]
+        dout = torch.randn(40, 600, 1, 16)
+        grads = torch.autograd.grad(fae.flash_attention(*leaves, batch_invariant=True), leaves, dout)
+        alone = [t[:1].detach().requires_grad_() for t in leaves]
+        own = torch.autograd.grad(fae.flash_attention(*alone, batch_invariant=True), alone, dout[:1])
+        for got, want in zip(own, grads, strict=True):
+            assert torch.equal(got, want[:1])
 
 
 def test_the_choice_is_logged_once(caplog):

@@ -223,3 +223,37 @@ def test_fully_hidden_rows(target):
     assert torch.equal(got["lse"][..., :37], torch.full((1, 4, 37), -INF))
     assert torch.equal(got["dq"][:, :37], torch.zeros(1, 37, 4, 16))
     assert torch.isfinite(got["lse"][..., 37:]).all()
+
+
+FEW_ROWS = dict(batch=2, heads=(4, 2), seq=(3, 2100), dim=(20, 24))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [dict(mask="bhqk"), dict(bias="11k", bias_neg_inf=True), dict(causal="top_left"), dict(lengths=(1500, 13)),
+     dict(window=(9, 0))],
+    ids=lambda o: next(iter(o)),
+)  # fmt: skip
+def test_few_rows_do_not_read_what_is_hidden(options, dtype, cpu_target):
+    """Decoding reads keys where they lie, by ranges of which several may hold nothing that is seen."""
+    inputs = build(Case("few", **FEW_ROWS, **options), dtype)
+    clean = run(inputs, "cpu")
+    visible = attend(inputs.q, inputs.k, inputs.v, **inputs.oracle()).visible
+    unseen = ~visible.any(-2).unflatten(1, (2, 2)).any(2).mT
+    assert unseen.any()
+    for value in (NAN, INF):
+        inputs.k[unseen], inputs.v[unseen] = value, value
+        for name, result in run(inputs, "cpu").items():
+            assert torch.equal(result, clean[name]), (name, value)
+
+
+@pytest.mark.parametrize("seq_q", [1, 20])
+def test_a_visible_nan_without_weight(seq_q, any_target):
+    """0 * NaN is NaN, also where one range of keys has all the weight and another one the NaN."""
+    q, k, v = torch.full((1, seq_q, 1, 8), 10.0), torch.zeros(1, 2300, 1, 8), torch.ones(1, 2300, 1, 8)
+    k[:, 5] = 100.0
+    v[:, 2000, :, 3] = NAN
+    out = fae.flash_attention(q, k, v, backend=any_target.backend)
+    assert out[..., 3].isnan().all()
+    assert torch.equal(out[..., :3], torch.ones(1, seq_q, 1, 3))

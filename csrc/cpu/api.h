@@ -20,6 +20,9 @@ std::vector<Isa> available_isas();
 // std::invalid_argument for a name that is unknown or that cannot run here.
 Isa active_isa();
 
+// Up to so many packed rows of a K/V head are few; see Plan::direct.
+constexpr int kDirectRows = 8;
+
 // What a call will do: chosen from the problem before anything runs.
 struct Plan {
   Isa isa = Isa::kScalar;

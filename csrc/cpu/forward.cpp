@@ -1,6 +1,7 @@
 // Plans and runs the forward pass.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "core/partial.h"
@@ -26,22 +27,21 @@ void clear_rows_behind(const ForwardCall& call) {
 
 // Rows of one K/V head from what the ranges of its keys contribute, in their order.
 template <class Real>
-void merge_splits(const ForwardCall& call, const Plan& plan, const Real* parts, int64_t unit) {
+void merge_splits(const ForwardCall& call, const Plan& plan, std::byte* parts, int64_t unit) {
   const Problem& p = call.problem;
-  const int64_t units = p.batch * p.heads_kv, b = unit / p.heads_kv, group = p.group();
+  const int64_t b = unit / p.heads_kv, group = p.group();
   const Sequence sequence = p.sequence(b);
-  const int64_t each = int64_t(key_split_elements(p, plan)), rows = plan.block_q;
   std::vector<Real> acc(static_cast<size_t>(p.dim_v));
   for (int64_t row = 0; row < sequence.seq_q * group; ++row) {
     std::fill(acc.begin(), acc.end(), Real(0));
     SoftmaxState<Real> state;
     for (int64_t split = 0; split < plan.splits; ++split) {
-      const Real* const part = parts + (split * units + unit) * each;
+      const auto part = KeySplit<Real>::at(parts, p, plan, split, unit);
+      if (part.max[row] == -std::numeric_limits<Real>::infinity()) continue;  // no key of the range is seen
       MergeFactors<Real> factors;
-      state = merge(state, SoftmaxState<Real>{part[row], part[rows + row]}, &factors);
-      const Real* const values = part + 2 * rows + row * p.dim_v;
-      // A range without visible keys counts for nothing, whatever its sums are.
-      for (int64_t c = 0; c < p.dim_v && factors.b != 0; ++c)
+      state = merge(state, SoftmaxState<Real>{part.max[row], part.sum[row]}, &factors);
+      const Real* const values = part.acc + row * p.dim_v;
+      for (int64_t c = 0; c < p.dim_v; ++c)
         acc[size_t(c)] = factors.a * acc[size_t(c)] + factors.b * values[c];
     }
     const int64_t query = sequence.first_query + row / group, head = unit % p.heads_kv * group + row % group;
@@ -76,9 +76,8 @@ void forward(const ForwardCall& call, const Plan& plan, const Executor& executor
   });
   if (plan.splits == 1) return;
   for_each_task(limited, p.batch * p.heads_kv, [&](int, int64_t unit) {
-    const std::byte* const data = parts.data();
-    if (p.dtype == DType::kFloat64) merge_splits(call, plan, reinterpret_cast<const double*>(data), unit);
-    else merge_splits(call, plan, reinterpret_cast<const float*>(data), unit);
+    if (p.dtype == DType::kFloat64) merge_splits<double>(call, plan, parts.data(), unit);
+    else merge_splits<float>(call, plan, parts.data(), unit);
   });
 }
 

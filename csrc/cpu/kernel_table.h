@@ -7,19 +7,24 @@
 
 namespace fae::cpu {
 
-// What a range of keys contributes to the rows of one K/V head, to be merged by core/partial.h.
+// What ranges of keys contribute to the rows of K/V heads, to be merged by core/partial.h.
 template <class Real>
 struct KeySplit {
   Real* max;  // [block_q], natural logarithm
   Real* sum;  // [block_q]
   Real* acc;  // [block_q][dim_v], unnormalised
-};
-inline size_t key_split_elements(const Problem& p, const Plan& plan) {
-  return size_t(plan.block_q * (p.dim_v + 2));
-}
 
-// With several ranges of keys, `parts` takes what range r contributes to head u of all batches' K/V heads, at
-// (r * heads + u) * key_split_elements().
+  FAE_HD static int64_t elements(const Problem& p, const Plan& plan) { return plan.block_q * (p.dim_v + 2); }
+  // That of range `split` to unit b * heads_kv + head_kv.
+  FAE_HD static KeySplit at(std::byte* parts, const Problem& p, const Plan& plan, int64_t split,
+                            int64_t unit) {
+    Real* const begin =
+        reinterpret_cast<Real*>(parts) + (split * p.batch * p.heads_kv + unit) * elements(p, plan);
+    return {begin, begin + plan.block_q, begin + 2 * plan.block_q};
+  }
+};
+
+// With several ranges of keys, each leaves its share in `parts`.
 struct ForwardKernel {
   size_t (*workspace)(const ForwardCall&, const Plan&);  // bytes per worker
   void (*run)(const ForwardCall&, const Plan&, int64_t task, std::byte* parts, std::byte* workspace);

@@ -33,7 +33,6 @@ int64_t advised(int64_t advice, int64_t each, int64_t step) {
 // Few rows are multiplied with keys as they lie in memory (kernel/direct.h), in blocks that stay in the first
 // level of the cache, and by ranges of keys where there are few heads: their number comes from the
 // problem alone, as a row's rounding depends on it.
-constexpr int64_t kDirectRows = 8;
 constexpr int64_t kDirectBytes = 16 << 10;
 constexpr int64_t kFewestSplitKeys = 1024;
 constexpr int64_t kEnoughSplits = 16;
@@ -63,7 +62,7 @@ void plan_direct(const Problem& p, const KernelInfo& info, const Advice& advice,
   plan->tasks = p.batch * ceil_div(p.heads_kv, plan->heads_together) * plan->splits;
   if (plan->splits > 1) {
     plan->shared_bytes =
-        size_t(units * plan->splits) * key_split_elements(p, *plan) * size_t(info.accumulator_bytes);
+        size_t(units * plan->splits * KeySplit<float>::elements(p, *plan)) * size_t(info.accumulator_bytes);
   }
 }
 
@@ -185,8 +184,9 @@ Plan plan_backward(const Problem& p, Isa isa, int threads, const Advice& advice)
   const int64_t rows = p.packed_rows();
   plan.block_q = std::min(plan.block_q, round_up(std::max<int64_t>(rows, 1), info.register_rows));
   const int64_t units = p.batch * p.heads_kv;
-  if (units > 0 && units < kEnoughTasks && p.seq_kv > 0) {
-    plan.chunks = std::clamp<int64_t>(rows / kFewestRows, 1, ceil_div(kEnoughTasks, units));
+  const int64_t counted = advice.batch_invariant ? p.heads_kv : units;
+  if (units > 0 && counted < kEnoughTasks && p.seq_kv > 0) {
+    plan.chunks = std::clamp<int64_t>(rows / kFewestRows, 1, ceil_div(kEnoughTasks, counted));
   }
   plan.tasks = units * plan.chunks;
   plan.direct = wants_direct(p, advice);

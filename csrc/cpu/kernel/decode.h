@@ -48,9 +48,8 @@ class Decode : private ForwardRows<P, S> {
       for_each_head(heads, [&] { attend_block(k, end); });
     }
     for_each_head(heads, [&] {
-      const int64_t part = split * p_.batch * p_.heads_kv + b * p_.heads_kv + head_kv_;
       if (plan_.splits == 1) this->store_rows();
-      else leave_rows(reinterpret_cast<Real*>(parts) + part * plan_.block_q * (p_.dim_v + 2));
+      else leave_rows(KeySplit<Real>::at(parts, p_, plan_, split, b * p_.heads_kv + head_kv_));
     });
   }
 
@@ -106,8 +105,7 @@ class Decode : private ForwardRows<P, S> {
     }
   }
 
-  void leave_rows(Real* at) const {
-    const KeySplit<Real> part{at, at + plan_.block_q, at + 2 * plan_.block_q};
+  void leave_rows(const KeySplit<Real>& part) const {
     for (int64_t i = 0; i < row_end_ - row_begin_; ++i) {
       // In the merge a sink alone is to remain what it is.
       const bool sunk = p_.score.sinks.present() && sum_[i] == 1;

@@ -8,9 +8,6 @@
 
 namespace fae::cpu::FAE_ISA_NAMESPACE {
 
-// Most rows that are taken together; as kDirectRows in plan.cpp.
-constexpr int kDirectRows = 8;
-
 // P: product of queries and keys, S: storage type of keys and values.
 template <class P, class S>
 class Direct {
