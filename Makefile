@@ -6,6 +6,9 @@
 # FLASH_ATTN_EXT_CUDA=0 no CUDA kernels, even where there is nvcc (build_tools/cuda.py has more)
 # PYTEST_ARGS=...  BENCH_ARGS=...  DEMO_ARGS=...     passed on
 
+# Torch's modules are compiled once, not by every Python that starts, also where containers ask for no bytecode.
+export PYTHONDONTWRITEBYTECODE :=
+
 PYTHON ?= python3
 PIP_FLAGS ?=
 TEST_JOBS ?= $(shell nproc 2>/dev/null || echo 2)

@@ -42,6 +42,15 @@ A100 = Device(80, 163 << 10, 40 << 20)
 EMULATED = Device(80, 99 << 10, 32 << 20)
 
 
+def constant_when_compiled(function):
+    """Marks a function whose result a compiled graph may keep, as torch.compiler.assume_constant_result does.
+
+    That decorator imports the whole compiler to set this attribute, as long again as importing torch.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
 class _Query(ctypes.Structure):
     """FaeCudaQuery of csrc/cuda/launch/c_api.h."""
 
@@ -193,7 +202,7 @@ def _refusals(planner: Planner, device: Device, dtype: torch.dtype, dim: int) ->
     return tuple(found)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def objections(backend: str, device: torch.device, dtype: torch.dtype, dim: int) -> tuple[str, ...]:
     """Every reason why the kernels cannot serve tensors of this dtype and largest head dim, of which 0 stands
     for any, on this device."""
@@ -265,7 +274,7 @@ def _notes(main: dict, dim: int, fast_fp32: bool, deterministic: bool) -> list[s
     return [*notes, MATURITY]
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def tf32_is_allowed() -> bool:
     """Whether torch's precision of float32 products on CUDA permits TF32."""
     return torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32"

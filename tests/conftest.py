@@ -95,8 +95,8 @@ def pytest_generate_tests(metafunc):
 
 
 # The most products (batch heads seq_q seq_kv (dim + dim_v)) of a case for the emulator, which does some 5 to 20
-# million a second; --slow takes eight times as many, which leaves out next to nothing.
-EMULATED_WORK = 6_000_000
+# million a second; --slow takes twelve times as many, which leaves out next to nothing.
+EMULATED_WORK = 4_000_000
 
 
 def serves(target: Target | None, case) -> bool:
@@ -123,7 +123,7 @@ def _is_for_emulator(item) -> bool:
     if case is None:
         return True
     work = case.batch * case.heads[0] * case.seq[0] * case.seq[1] * sum(case.dim)
-    return work <= EMULATED_WORK * (8 if item.config.getoption("--slow") else 1)
+    return work <= EMULATED_WORK * (12 if item.config.getoption("--slow") else 1)
 
 
 def pytest_collection_modifyitems(config, items):

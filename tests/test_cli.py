@@ -113,9 +113,12 @@ with fae.use_flash_attention():
 
 def test_import_is_quiet_and_leaves_torch_alone():
     code = (
-        "import torch, torch.nn.functional as F, warnings; warnings.simplefilter('error')\n"
+        "import sys, torch, torch.nn.functional as F, warnings; warnings.simplefilter('error')\n"
         "before = (F.scaled_dot_product_attention, torch.get_num_threads(), torch.get_default_dtype(), torch.random.get_rng_state())\n"
+        "before_modules = set(sys.modules)\n"
         "import flash_attn_ext\n"
+        "slow = {'torch._dynamo', 'torch._inductor', 'sympy'} & (set(sys.modules) - before_modules)\n"
+        "assert not slow, f'imports {slow}: seconds for who does not compile'\n"
         "after = (F.scaled_dot_product_attention, torch.get_num_threads(), torch.get_default_dtype(), torch.random.get_rng_state())\n"
         "assert before[:3] == after[:3] and torch.equal(before[3], after[3])\n"
     )
