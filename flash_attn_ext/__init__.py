@@ -9,10 +9,12 @@ Example:
 from . import autograd, dispatch, fake, masks, ops
 from . import testing as testing
 from ._C import build_info as _build_info
+from .caches import KVCache, PagedKVCache
 from .config import AttentionConfig
 from .dispatch import available_backends, set_backend
 from .functional import flash_attention, merge_states
 from .introspect import MemoryEstimate, Plan, build_info, estimate_memory, explain
+from .kvcache import flash_attention_with_kvcache
 from .nn import Attention, create_attention
 from .sdpa import scaled_dot_product_attention, use_flash_attention
 from .varlen import flash_attention_varlen
@@ -21,7 +23,9 @@ __version__: str = _build_info()["version"]
 __all__ = [
     "Attention",
     "AttentionConfig",
+    "KVCache",
     "MemoryEstimate",
+    "PagedKVCache",
     "Plan",
     "available_backends",
     "build_info",
@@ -30,6 +34,7 @@ __all__ = [
     "explain",
     "flash_attention",
     "flash_attention_varlen",
+    "flash_attention_with_kvcache",
     "masks",
     "merge_states",
     "scaled_dot_product_attention",

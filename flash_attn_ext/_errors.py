@@ -15,7 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import _C
 from ._options import EXTENDED_NUMBERS, EXTENDED_TENSORS, PLAIN_TENSORS, Options
 
-_KINDS = {"value": ValueError, "type": TypeError, "not_implemented": NotImplementedError}
+_KINDS = {
+    "value": ValueError,
+    "type": TypeError,
+    "not_implemented": NotImplementedError,
+    "runtime": RuntimeError,
+}
 _TAGGED = re.compile(r"\[fae:(\w+)\] (.*)")
 # What torch says when an argument cannot be converted to its schema type.
 _SCHEMA = re.compile(
@@ -59,7 +64,8 @@ def choice(name: str, value: object, allowed: dict):
         raise kind(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}") from None
 
 
-def _describe(tensor: torch.Tensor | None, with_address: bool) -> tuple | None:
+def describe(tensor: torch.Tensor | None, with_address: bool) -> tuple | None:
+    """A tensor in the form that `_C` reads."""
     if tensor is None:
         return None
     dtype = str(tensor.dtype).removeprefix("torch.")
@@ -86,7 +92,7 @@ def call_desc(q, k, v, options: Options, out: torch.Tensor | None = None) -> dic
     # Addresses tell whether `out` overlaps an input. A tensor that is being traced has none.
     with_address = out is not None and out.device.type != "meta" and not isinstance(out, FakeTensor)
     desc: dict = {
-        name: _describe(tensor, with_address or (name.startswith("cu_seqlens") and _is_readable(tensor)))
+        name: describe(tensor, with_address or (name.startswith("cu_seqlens") and _is_readable(tensor)))
         for name, tensor in named.items()
     }
     desc.update(
@@ -102,6 +108,11 @@ def call_desc(q, k, v, options: Options, out: torch.Tensor | None = None) -> dic
 
 def check_call(q, k, v, options: Options, out: torch.Tensor | None = None) -> None:
     """Raise what the C++ operators would raise for this call."""
-    if error := _C.validate(call_desc(q, k, v, options, out)):
+    raise_if(_C.validate(call_desc(q, k, v, options, out)))
+
+
+def raise_if(error: tuple[str, str] | None) -> None:
+    """Raise what a validator of `_C` found, if anything."""
+    if error:
         kind, text = error
         raise _KINDS[kind](text)

@@ -144,11 +144,81 @@ def test_sinks_of_forks():
     assert torch.autograd.grad(got.sum(), sinks)[0].abs().sum() > 0
 
 
-def test_pages_are_refused_by_name():
-    q = torch.randn(4, 2, 8)
-    cu = torch.tensor([0, 4], dtype=torch.int32)
-    with pytest.raises(NotImplementedError, match="block_table"):
-        flash_attn_varlen_func(q, q, q, cu, cu, 4, 4, block_table=torch.zeros(1, 1, dtype=torch.int32))
+def paged(k: torch.Tensor, lengths: list[int], size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed keys (total, heads, dim) in pages of a pool, and their table."""
+    pages = [-(-n // size) for n in lengths]
+    order = torch.randperm(sum(pages) + 1)
+    pool = torch.full((sum(pages) + 1, size, *k.shape[1:]), float("nan"))
+    table = torch.full((len(lengths), max(pages)), -1, dtype=torch.int32)
+    first = used = 0
+    for b, length in enumerate(lengths):
+        own = order[used : used + pages[b]]
+        table[b, : pages[b]] = own
+        rows = torch.arange(length)
+        pool[own[rows // size], rows % size] = k[first : first + length]
+        first, used = first + length, used + pages[b]
+    return pool, table
+
+
+def test_packed_queries_on_keys_in_pages():
+    lengths_q, lengths_k = [3, 0, 5], [9, 4, 20]
+    cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).int() for n in (lengths_q, lengths_k))
+    torch.manual_seed(0)
+    q, k, v = torch.randn(8, 4, 16), torch.randn(33, 2, 16), torch.randn(33, 2, 8)
+    options = dict(causal=True, window_size=(7, 0), softcap=3.0, return_attn_probs=True)
+    want = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 5, 20, **options)
+    torch.manual_seed(1)
+    k_pool, table = paged(k, lengths_k, 4)
+    torch.manual_seed(1)
+    v_pool, _ = paged(v, lengths_k, 4)
+    got = flash_attn_varlen_func(q, k_pool, v_pool, cu_q, cu_k, 5, 20, block_table=table, **options)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y)
+    raw = compat._flash_attn_varlen_forward(
+        q, k_pool, v_pool, cu_q, cu_k, 5, 20, 0.0, None, True, 7, 0, 3.0, block_table=table
+    )
+    assert torch.equal(raw[0], got[0]) and torch.equal(raw[1], got[1])
+    with pytest.raises(NotImplementedError, match="dropout_p"):
+        flash_attn_varlen_func(q, k_pool, v_pool, cu_q, cu_k, 5, 20, dropout_p=0.1, block_table=table)
+
+
+@pytest.mark.parametrize("leftpad", [None, [2, 0]])
+@pytest.mark.parametrize("used", [None, [4, 1]])
+def test_packed_keys_used_in_part(leftpad, used):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(5, 4, 16), torch.randn(13, 2, 16), torch.randn(13, 2, 16)
+    cu_q, cu_k = torch.tensor([0, 2, 5]).int(), torch.tensor([0, 7, 13]).int()
+    given = {"leftpad_k": leftpad, "seqused_k": used}
+    out, lse, *_ = compat._flash_attn_varlen_forward(
+        q, k, v, cu_q, cu_k, 3, 7, 0.0, None, True,
+        **{name: value and torch.tensor(value, dtype=torch.int32) for name, value in given.items()},
+    )  # fmt: skip
+    for b in range(2):
+        first = int(cu_k[b]) + (leftpad[b] if leftpad else 0)
+        end = first + used[b] if used else int(cu_k[b + 1])
+        rows = slice(int(cu_q[b]), int(cu_q[b + 1]))
+        tensors = (q[None, rows], k[None, first:end], v[None, first:end])
+        want, want_lse = fae.flash_attention(*tensors, causal=True, return_lse=True)
+        torch.testing.assert_close(out[rows], want[0])
+        torch.testing.assert_close(lse[:, rows], want_lse[0])
+
+
+def test_kvcache():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 1, 4, 16), torch.randn(2, 1, 2, 16), torch.randn(2, 1, 2, 16)
+    caches, lengths = torch.randn(2, 2, 20, 2, 16), torch.tensor([3, 11], dtype=torch.int32)
+    cos, sin = torch.rand(20, 8), torch.rand(20, 8)
+    ours_, theirs = caches.clone(), caches.clone()
+    want, want_lse = fae.flash_attention_with_kvcache(
+        q, *ours_, k, v, cache_lengths=lengths, causal=False, rotary_cos=cos, rotary_sin=sin,
+        rotary_interleaved=True, return_lse=True,
+    )  # fmt: skip
+    out, lse = compat.flash_attn_with_kvcache(q, *theirs, k, v, cos, sin, lengths, return_softmax_lse=True)
+    assert torch.equal(out, want) and torch.equal(lse, want_lse) and torch.equal(ours_, theirs)
+    full = compat.flash_attn_with_kvcache(q, *caches)
+    assert torch.equal(full, fae.flash_attention_with_kvcache(q, *caches, cache_lengths=20, causal=False))
+    with pytest.raises(ValueError, match="cache_seqlens"):
+        compat.flash_attn_with_kvcache(q, *caches, k, v)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +230,9 @@ def test_pages_are_refused_by_name():
          "causal window_size softcap alibi_slopes deterministic return_attn_probs block_table sinks"),
         (compat._flash_attn_forward, "q k v dropout_p softmax_scale causal window_size_left window_size_right softcap "
          "alibi_slopes return_softmax"),
+        (compat.flash_attn_with_kvcache, "q k_cache v_cache k v rotary_cos rotary_sin cache_seqlens cache_batch_idx "
+         "cache_leftpad block_table softmax_scale causal window_size softcap rotary_interleaved alibi_slopes num_splits "
+         "return_softmax_lse sinks"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )  # fmt: skip
@@ -192,7 +265,7 @@ from flash_attn_ext.compat import flash_attn as compat
 compat.install()
 compat.install()
 import flash_attn
-from flash_attn import flash_attn_func
+from flash_attn import flash_attn_func, flash_attn_with_kvcache
 from flash_attn.flash_attn_interface import _flash_attn_forward, flash_attn_varlen_func
 from flash_attn.bert_padding import pad_input, unpad_input, index_first_axis
 assert flash_attn_func is compat.flash_attn_func

@@ -28,6 +28,10 @@ inline CallError value_error(std::string text) { return {Kind::kValue, std::move
 // `wanted`: the sizes of `axes`, to which each size of the tensor must be equal, or 1.
 std::optional<CallError> check_broadcast(const Named& t, const int64_t wanted[4], const char* axes);
 
+// cu_seqlens of `rows`: its shape, and where they can be read its values. max_length: -1 for any.
+std::optional<CallError> check_starts(const Named& t, const Named& rows, int64_t max_length,
+                                      const char* max_name);
+
 // Dtypes, shapes and values of the arguments that only extended operators take. The shapes of q, k and v
 // have been checked.
 std::optional<CallError> check_extended_dtypes(const CallDesc& call);

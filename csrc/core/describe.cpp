@@ -69,22 +69,6 @@ View4 view_of(const TensorDesc& t, Layout layout) {
   return view;
 }
 
-Integers integers_of(const TensorDesc& t) { return {t.data, t.stride[0], t.dtype == DType::kInt64}; }
-
-// The longest of the sequences that begin at cu_seqlens, or a bound: what was given, or their total.
-int64_t longest(const TensorDesc& cu_seqlens, int64_t total, int64_t given, bool* known) {
-  *known = true;
-  if (cu_seqlens.data && std::strcmp(cu_seqlens.device, "cpu") == 0) {
-    const Integers starts = integers_of(cu_seqlens);
-    int64_t most = 0;
-    for (int64_t b = 0; b + 1 < cu_seqlens.shape[0]; ++b)
-      most = std::max(most, starts.at(b + 1) - starts.at(b));
-    return std::min(most, total);
-  }
-  *known = given >= 0;
-  return given >= 0 ? std::min(given, total) : total;
-}
-
 void set_intervals(const CallDesc& call, Intervals* intervals) {
   const TensorDesc &labels = call.row_labels, &bounds = call.key_bounds;
   intervals->labels = static_cast<const int32_t*>(labels.data);
@@ -97,6 +81,24 @@ void set_intervals(const CallDesc& call, Intervals* intervals) {
 }
 
 }  // namespace
+
+Integers integers_of(const TensorDesc& t) {
+  if (!t.present) return {};
+  return {t.data, t.stride[0], t.dtype == DType::kInt64};
+}
+
+int64_t longest_sequence(const TensorDesc& cu_seqlens, int64_t total, int64_t given, bool* known) {
+  *known = true;
+  if (cu_seqlens.data && std::strcmp(cu_seqlens.device, "cpu") == 0) {
+    const Integers starts = integers_of(cu_seqlens);
+    int64_t most = 0;
+    for (int64_t b = 0; b + 1 < cu_seqlens.shape[0]; ++b)
+      most = std::max(most, starts.at(b + 1) - starts.at(b));
+    return std::min(most, total);
+  }
+  *known = given >= 0;
+  return given >= 0 ? std::min(given, total) : total;
+}
 
 PerHead per_head(const TensorDesc& t) {
   if (!t.present) return {};
@@ -111,8 +113,8 @@ CallSizes sizes_of(const CallDesc& call) {
   CallSizes sizes{q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2]};
   if (call.packed()) {
     sizes.batch = call.cu_seqlens_q.shape[0] - 1;
-    sizes.seq_q = longest(call.cu_seqlens_q, q.shape[2], call.max_seqlen_q, &sizes.known_q);
-    sizes.seq_kv = longest(call.cu_seqlens_k, k.shape[2], call.max_seqlen_k, &sizes.known_kv);
+    sizes.seq_q = longest_sequence(call.cu_seqlens_q, q.shape[2], call.max_seqlen_q, &sizes.known_q);
+    sizes.seq_kv = longest_sequence(call.cu_seqlens_k, k.shape[2], call.max_seqlen_k, &sizes.known_kv);
   }
   return sizes;
 }
@@ -132,15 +134,11 @@ Problem make_problem(const CallDesc& call) {
   p.k = view_of(call.k, call.layout);
   p.v = view_of(call.v, call.layout);
 
-  p.masking.band = make_band(call.causal, call.window_left, call.window_right, p.seq_q, p.seq_kv);
+  p.band_rule = {call.causal, call.window_left, call.window_right};
+  p.masking.band = p.band_rule.of(p.seq_q, p.seq_kv);
   if (call.packed() && call.cu_seqlens_q.data && call.cu_seqlens_k.data) {
-    p.packing = {integers_of(call.cu_seqlens_q),
-                 integers_of(call.cu_seqlens_k),
-                 attention_axes(call.q, call.layout).shape[2],
-                 attention_axes(call.k, call.layout).shape[2],
-                 call.causal,
-                 call.window_left,
-                 call.window_right};
+    p.packing = {integers_of(call.cu_seqlens_q), integers_of(call.cu_seqlens_k),
+                 attention_axes(call.q, call.layout).shape[2], attention_axes(call.k, call.layout).shape[2]};
   }
   if (call.kv_lengths.present) p.masking.kv_lengths = {integers_of(call.kv_lengths)};
   int64_t ignored[4];

@@ -57,7 +57,7 @@ struct CallDesc {
 };
 
 struct CallError {
-  enum class Kind : uint8_t { kValue, kType, kNotImplemented };
+  enum class Kind : uint8_t { kValue, kType, kNotImplemented, kRuntime };
   Kind kind;
   std::string text;
 };
@@ -89,6 +89,13 @@ View4 broadcast_view(const TensorDesc& t, int64_t shape[4]);
 
 // A (heads_q,) or (batch, heads_q) tensor as kernels see it; absent if it is.
 PerHead per_head(const TensorDesc& t);
+
+// A vector of int32 or int64 as kernels see it; absent if it is.
+Integers integers_of(const TensorDesc& t);
+
+// The longest of the sequences that begin at cu_seqlens, at most `total`; where the starts cannot be read
+// here, *known is false unless a bound was given (else -1).
+int64_t longest_sequence(const TensorDesc& cu_seqlens, int64_t total, int64_t given, bool* known);
 
 // Requires validate(call) to have found nothing.
 Problem make_problem(const CallDesc& call);

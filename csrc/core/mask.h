@@ -46,6 +46,16 @@ FAE_HD inline Band make_band(Causal causal, int64_t window_left, int64_t window_
   return band;
 }
 
+// What the band of each sequence is made from.
+struct BandRule {
+  Causal causal = Causal::kNone;
+  int64_t window_left = -1, window_right = -1;
+
+  FAE_HD Band of(int64_t seq_q, int64_t seq_kv) const {
+    return make_band(causal, window_left, window_right, seq_q, seq_kv);
+  }
+};
+
 enum class TileClass : uint8_t { kSkip, kFull, kPartial };
 
 // int32 or int64 values, read where they are needed.

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/dtype.h"
+#include "core/key_cache.h"
 #include "core/mask.h"
 #include "core/philox.h"
 #include "core/score_mod.h"
@@ -15,10 +16,8 @@ namespace fae {
 // Sequences with lengths of their own, packed one behind the other: sequence b is rows
 // [starts_q[b], starts_q[b + 1]) of q and [starts_kv[b], starts_kv[b + 1]) of k and v.
 struct Packing {
-  Integers starts_q, starts_kv;  // (batch + 1); both or none
+  Integers starts_q, starts_kv;  // (batch + 1); both, none, or with a cache of keys only the former
   int64_t total_q = 0, total_kv = 0;
-  Causal causal = Causal::kNone;
-  int64_t window_left = -1, window_right = -1;
 
   FAE_HD bool present() const { return starts_q.present(); }
 };
@@ -26,6 +25,7 @@ struct Packing {
 // What of a problem depends on the batch.
 struct Sequence {
   int64_t first_query = 0, first_key = 0;  // rows of q, and of k and v, that come before its own
+  int64_t key_batch = 0;                   // entry of k and v; with pages: of their table
   int64_t seq_q = 0, seq_kv = 0;
   int64_t kv_length = 0;  // keys at or past it are hidden
   Band band;
@@ -46,9 +46,11 @@ struct Problem {
   View4 v;  // (batch, heads_kv, seq_kv, dim_v)
 
   Masking masking;
+  BandRule band_rule;  // of masking.band, and of sequences with lengths of their own
   ScoreMod score;
   Dropout dropout;
   Packing packing;
+  KeyCache cache;  // with pages, k and v are (pages, heads_kv, page_size, dim)
 
   FAE_HD int64_t group() const { return heads_kv ? heads_q / heads_kv : 0; }
   // Query rows that share one K/V head: queries of all heads of a group, packed
@@ -64,20 +66,38 @@ struct Problem {
   // Whether something may hide a key from a query: a tile of scores is not known to be full.
   FAE_HD bool has_mask() const { return masking.mask.present() || masking.intervals.present(); }
 
-  // Whatever the starts say, it lies within q and k.
+  // Whether sequences have lengths of their own.
+  FAE_HD bool ragged() const { return packing.present() || cache.present(); }
+
+  // Whatever starts and lengths say, it lies within q and k.
   FAE_HD Sequence sequence(int64_t b) const {
     Sequence s;
-    if (!packing.present()) {
-      s.seq_q = seq_q;
-      s.seq_kv = seq_kv;
-      s.band = masking.band;
-    } else {
+    s.key_batch = b;
+    s.seq_q = seq_q;
+    s.seq_kv = seq_kv;
+    s.band = masking.band;
+    if (packing.starts_q.present()) {
       place(packing.starts_q, b, packing.total_q, seq_q, &s.first_query, &s.seq_q);
-      place(packing.starts_kv, b, packing.total_kv, seq_kv, &s.first_key, &s.seq_kv);
-      s.band = make_band(packing.causal, packing.window_left, packing.window_right, s.seq_q, s.seq_kv);
     }
+    if (packing.starts_kv.present()) {
+      place(packing.starts_kv, b, packing.total_kv, seq_kv, &s.first_key, &s.seq_kv);
+    }
+    if (cache.present()) {
+      s.first_key = cache.first(b);
+      s.seq_kv = cache.end(b) > s.first_key ? cache.end(b) - s.first_key : 0;
+      if (cache.batch.present()) s.key_batch = cache.batch.at(b);
+    }
+    if (ragged()) s.band = band_rule.of(s.seq_q, s.seq_kv);
     s.kv_length = masking.kv_lengths.at(b, s.seq_kv);
     return s;
+  }
+
+  // Where key (or value) j of a sequence begins in k (or v).
+  FAE_HD int64_t key_offset(const View4& x, const Sequence& s, int64_t head_kv, int64_t j) const {
+    const int64_t row = s.first_key + j;
+    if (!cache.pages.present()) return x.offset(s.key_batch, head_kv, row);
+    const int64_t size = cache.pages.page_size;
+    return x.offset(cache.pages.at(s.key_batch, row / size), head_kv, row % size);
   }
 
  private:

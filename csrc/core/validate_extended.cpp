@@ -24,40 +24,6 @@ std::optional<CallError> check_integers(const Named& t, bool also_int32) {
                                     (also_int32 ? "int32 or int64" : "int64")};
 }
 
-std::optional<CallError> check_starts(const Named& t, const Named& rows, int64_t max_length,
-                                      const char* max_name) {
-  const TensorDesc& x = *t.tensor;
-  if (x.rank != 1 || x.shape[0] < 1) {
-    return value_error(quoted(t) + ", but must have shape (batch + 1,)");
-  }
-  if (max_length < -1) {
-    return value_error(std::string(max_name) + " is " + std::to_string(max_length) +
-                       ", but must be at least 0, or None");
-  }
-  if (!x.data || std::strcmp(x.device, "cpu") != 0) return std::nullopt;  // kernels stay within q and k
-  const Integers starts{x.data, x.stride[0], x.dtype == DType::kInt64};
-  const auto entry = [&](int64_t b) {
-    return "entry " + std::to_string(b) + " is " + std::to_string(starts.at(b));
-  };
-  const std::string name = t.name;
-  if (starts.at(0) != 0) return value_error(name + " must start with 0, but " + entry(0));
-  const int64_t last = x.shape[0] - 1, total = rows.tensor->shape[0];
-  for (int64_t b = 1; b <= last; ++b) {
-    const int64_t length = starts.at(b) - starts.at(b - 1);
-    if (length < 0) return value_error(name + " must not decrease, but " + entry(b - 1) + " and " + entry(b));
-    if (starts.at(b) > total) {
-      return value_error(name + " has entries up to " + std::to_string(starts.at(b)) + ", but " + rows.name +
-                         " has only " + std::to_string(total) + " rows: its shape is " +
-                         shape_text(*rows.tensor));
-    }
-    if (max_length >= 0 && length > max_length) {
-      return value_error(name + " has a sequence of length " + std::to_string(length) + ", but " + max_name +
-                         " is " + std::to_string(max_length));
-    }
-  }
-  return std::nullopt;
-}
-
 std::optional<CallError> check_intervals(const CallDesc& call, const CallSizes& sizes) {
   const TensorDesc &labels = call.row_labels, &bounds = call.key_bounds;
   if (labels.present != bounds.present) {
@@ -95,6 +61,41 @@ std::optional<CallError> check_dropout(const CallDesc& call) {
 }
 
 }  // namespace
+
+std::optional<CallError> check_starts(const Named& t, const Named& rows, int64_t max_length,
+                                      const char* max_name) {
+  const TensorDesc& x = *t.tensor;
+  if (!x.present) return std::nullopt;
+  if (x.rank != 1 || x.shape[0] < 1) {
+    return value_error(quoted(t) + ", but must have shape (batch + 1,)");
+  }
+  if (max_length < -1) {
+    return value_error(std::string(max_name) + " is " + std::to_string(max_length) +
+                       ", but must be at least 0, or None");
+  }
+  if (!x.data || std::strcmp(x.device, "cpu") != 0) return std::nullopt;  // kernels stay within q and k
+  const Integers starts{x.data, x.stride[0], x.dtype == DType::kInt64};
+  const auto entry = [&](int64_t b) {
+    return "entry " + std::to_string(b) + " is " + std::to_string(starts.at(b));
+  };
+  const std::string name = t.name;
+  if (starts.at(0) != 0) return value_error(name + " must start with 0, but " + entry(0));
+  const int64_t last = x.shape[0] - 1, total = rows.tensor->shape[0];
+  for (int64_t b = 1; b <= last; ++b) {
+    const int64_t length = starts.at(b) - starts.at(b - 1);
+    if (length < 0) return value_error(name + " must not decrease, but " + entry(b - 1) + " and " + entry(b));
+    if (starts.at(b) > total) {
+      return value_error(name + " has entries up to " + std::to_string(starts.at(b)) + ", but " + rows.name +
+                         " has only " + std::to_string(total) + " rows: its shape is " +
+                         shape_text(*rows.tensor));
+    }
+    if (max_length >= 0 && length > max_length) {
+      return value_error(name + " has a sequence of length " + std::to_string(length) + ", but " + max_name +
+                         " is " + std::to_string(max_length));
+    }
+  }
+  return std::nullopt;
+}
 
 std::optional<CallError> check_broadcast(const Named& t, const int64_t wanted[4], const char* axes) {
   if (!t.tensor->present) return std::nullopt;

@@ -81,7 +81,7 @@ double visible_pairs(const Problem& p) {
       }
     }
     pairs += rows;
-    if (!p.masking.kv_lengths.present() && !p.packing.present()) {
+    if (!p.masking.kv_lengths.present() && !p.ragged()) {
       return rows * double(p.batch) * double(p.heads_q);
     }
   }

@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace py = pybind11;
@@ -25,7 +27,8 @@ bool given(const py::dict& dict, const char* key) { return dict.contains(key) &&
 
 // Of these only the values at a given address count; those of all others do not matter here.
 bool is_read_by_planners(const char* key) {
-  for (const char* name : {"q", "k", "v", "out", "kv_lengths", "cu_seqlens_q", "cu_seqlens_k"}) {
+  for (const char* name : {"q", "k", "v", "out", "kv_lengths", "cu_seqlens_q", "cu_seqlens_k",
+                           "cache_lengths", "block_table", "cache_batch_idx", "cache_leftpad"}) {
     if (std::strcmp(key, name) == 0) return true;
   }
   return false;
@@ -36,9 +39,28 @@ T value_or(const py::dict& dict, const char* key, T otherwise) {
   return given(dict, key) ? dict[key].cast<T>() : otherwise;
 }
 
+// What both kinds of calls have.
+template <class Desc>
+void read_options(const py::dict& dict, Desc* call) {
+  CallDesc checked;
+  const auto layout = value_or<int64_t>(dict, "layout", 0);
+  const auto causal = value_or<int64_t>(dict, "causal", 0);
+  if (const auto error = set_layout_and_causal(&checked, layout, causal)) throw py::value_error(error->text);
+  if constexpr (std::is_same_v<Desc, CallDesc>) call->layout = checked.layout;
+  call->causal = checked.causal;
+  if (given(dict, "window")) {
+    const auto window = dict["window"].cast<py::sequence>();
+    call->window_left = window[0].cast<int64_t>();
+    call->window_right = window[1].cast<int64_t>();
+  }
+  if (given(dict, "scale")) call->scale = dict["scale"].cast<double>();
+  call->softcap = value_or<double>(dict, "softcap", 0.0);
+  call->max_seqlen_q = value_or<int64_t>(dict, "max_seqlen_q", -1);
+}
+
 }  // namespace
 
-TensorDesc CallFromDict::tensor(const py::dict& dict, const char* key) {
+TensorDesc TensorsFromDict::tensor(const py::dict& dict, const char* key) {
   TensorDesc desc;
   if (!given(dict, key)) return desc;
   const auto fields = dict[key].cast<py::tuple>();
@@ -87,21 +109,33 @@ CallFromDict::CallFromDict(const py::dict& dict) {
   call_.key_bounds = tensor(dict, "key_bounds");
   call_.cu_seqlens_q = tensor(dict, "cu_seqlens_q");
   call_.cu_seqlens_k = tensor(dict, "cu_seqlens_k");
-  const auto layout = value_or<int64_t>(dict, "layout", 0);
-  const auto causal = value_or<int64_t>(dict, "causal", 0);
-  if (const auto error = set_layout_and_causal(&call_, layout, causal)) throw py::value_error(error->text);
-  if (given(dict, "window")) {
-    const auto window = dict["window"].cast<py::sequence>();
-    call_.window_left = window[0].cast<int64_t>();
-    call_.window_right = window[1].cast<int64_t>();
-  }
-  if (given(dict, "scale")) call_.scale = dict["scale"].cast<double>();
-  call_.softcap = value_or<double>(dict, "softcap", 0.0);
+  read_options(dict, &call_);
   call_.dropout_p = value_or<double>(dict, "dropout_p", 0.0);
   call_.mask_block_q = value_or<int64_t>(dict, "mask_block_q", 1);
   call_.mask_block_kv = value_or<int64_t>(dict, "mask_block_kv", 1);
-  call_.max_seqlen_q = value_or<int64_t>(dict, "max_seqlen_q", -1);
   call_.max_seqlen_k = value_or<int64_t>(dict, "max_seqlen_k", -1);
+}
+
+CacheCallFromDict::CacheCallFromDict(const py::dict& dict) {
+  const std::pair<const char*, TensorDesc*> tensors[] = {
+      {"q", &call_.q},
+      {"k_cache", &call_.k_cache},
+      {"v_cache", &call_.v_cache},
+      {"k", &call_.k},
+      {"v", &call_.v},
+      {"cache_lengths", &call_.cache_lengths},
+      {"block_table", &call_.block_table},
+      {"cache_batch_idx", &call_.cache_batch_idx},
+      {"cache_leftpad", &call_.cache_leftpad},
+      {"rotary_cos", &call_.rotary_cos},
+      {"rotary_sin", &call_.rotary_sin},
+      {"cu_seqlens_q", &call_.cu_seqlens_q},
+      {"alibi_slopes", &call_.alibi_slopes},
+      {"sinks", &call_.sinks},
+  };
+  for (const auto& [name, desc] : tensors) *desc = tensor(dict, name);
+  call_.cache_length = value_or<int64_t>(dict, "cache_length", 0);
+  read_options(dict, &call_);
 }
 
 }  // namespace fae::python

@@ -21,6 +21,7 @@ const char* kind_name(CallError::Kind kind) {
   switch (kind) {
     case CallError::Kind::kType: return "type";
     case CallError::Kind::kNotImplemented: return "not_implemented";
+    case CallError::Kind::kRuntime: return "runtime";
     default: return "value";
   }
 }
@@ -104,8 +105,9 @@ cpu::Isa isa_named(const py::object& name) {
   throw py::value_error("isa is '" + wanted + "', which this processor or this build does not have");
 }
 
+template <class FromDict>
 py::object validate_call(const py::dict& desc) {
-  const CallFromDict described(desc);
+  const FromDict described(desc);
   const auto error = validate(described.call());
   if (!error) return py::none();
   return py::make_tuple(kind_name(error->kind), error->text);
@@ -141,7 +143,7 @@ py::dict plan_call(const py::dict& desc, const py::object& isa, int threads, boo
 py::dict explain_call(const py::dict& desc, const py::object& isa, int threads, bool backward,
                       int64_t block_q, int64_t block_kv, int64_t splits, bool batch_invariant) {
   py::dict result;
-  result["error"] = validate_call(desc);
+  result["error"] = validate_call<CallFromDict>(desc);
   result["plan"] =
       result["error"].is_none()
           ? py::object(plan_call(desc, isa, threads, backward, block_q, block_kv, splits, batch_invariant))
@@ -193,9 +195,11 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "active_isa", [] { return cpu::name_of(cpu::active_isa()); },
       "The instruction set that calls use now: the best one, or FLASH_ATTN_EXT_CPU_ISA.");
-  m.def("validate", &validate_call, py::arg("desc"),
-        "None if the described call is legal, else (kind, text); kind is 'value', 'type' or "
-        "'not_implemented'.");
+  m.def("validate", &validate_call<CallFromDict>, py::arg("desc"),
+        "None if the described call is legal, else (kind, text); kind is 'value', 'type', "
+        "'not_implemented' or 'runtime'.");
+  m.def("validate_cache", &validate_call<CacheCallFromDict>, py::arg("desc"),
+        "`validate` of a call on a cache of keys and values.");
   m.def("plan", &plan_call, py::arg("desc"), py::arg("isa") = py::none(), py::arg("threads") = 1,
         py::arg("backward") = false, py::arg("block_q") = 0, py::arg("block_kv") = 0, py::arg("splits") = 0,
         py::arg("batch_invariant") = false,

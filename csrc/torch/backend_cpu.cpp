@@ -21,6 +21,12 @@ void run_backward(const BackwardCall& call, Place, const RunOptions& options) {
 
 }  // namespace fae::torch_ops
 
-STABLE_TORCH_LIBRARY(flash_attn_ext, m) { fae::torch_ops::define(m, "attention"); }
+STABLE_TORCH_LIBRARY(flash_attn_ext, m) {
+  fae::torch_ops::define(m, "attention");
+  m.def(("attention_kvcache" + fae::torch_ops::kKvCacheSchema).c_str());
+}
 
-STABLE_TORCH_LIBRARY_IMPL(flash_attn_ext, CPU, m) { fae::torch_ops::implement(m, "attention"); }
+STABLE_TORCH_LIBRARY_IMPL(flash_attn_ext, CPU, m) {
+  fae::torch_ops::implement(m, "attention");
+  m.impl("attention_kvcache", &fae::torch_ops::reporting<fae::torch_ops::attention_kvcache>);
+}

@@ -16,9 +16,10 @@
 namespace fae::torch_ops {
 
 [[noreturn]] inline void raise(const CallError& error) {
-  const char* tag = error.kind == CallError::Kind::kValue  ? "[fae:value] "
-                    : error.kind == CallError::Kind::kType ? "[fae:type] "
-                                                           : "[fae:not_implemented] ";
+  const char* tag = error.kind == CallError::Kind::kValue     ? "[fae:value] "
+                    : error.kind == CallError::Kind::kType    ? "[fae:type] "
+                    : error.kind == CallError::Kind::kRuntime ? "[fae:runtime] "
+                                                              : "[fae:not_implemented] ";
   throw std::runtime_error(tag + error.text);
 }
 

@@ -49,6 +49,15 @@ inline std::string backward_schema(const std::string& options, const std::string
          ", " + needs + kAdvice + ") -> (Tensor dq, Tensor dk, Tensor dv, " + grads + ")";
 }
 
+// k and v, if given, are written behind what is in the caches. cache_length: where cache_lengths is none.
+inline const std::string kKvCacheSchema =
+    "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, Tensor? cache_lengths, "
+    "Tensor? block_table, Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? rotary_cos, "
+    "Tensor? rotary_sin, Tensor? cu_seqlens_q, Tensor? alibi_slopes, Tensor? sinks, int cache_length, "
+    "int max_seqlen_q, bool rotary_interleaved, int causal, int window_left, int window_right, float? scale, "
+    "float softcap, bool return_lse, int num_splits=0, bool batch_invariant=False) "
+    "-> (Tensor out, Tensor lse)";
+
 // `name` is differentiable (the package registers its gradient); name_forward is the same
 // kernel without that layer, whose price a small call would feel.
 template <class Library>

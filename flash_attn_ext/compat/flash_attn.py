@@ -18,12 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ..functional import flash_attention
+from ..kvcache import flash_attention_with_kvcache
 from ..testing import next_rng_state
 from ..varlen import flash_attention_varlen
-from . import _raw
+from . import _cached, _raw
 from ._installed import install
 from ._probabilities import signed_probabilities
 from .bert_padding import index_first_axis, pad_input, unpad_input
@@ -36,6 +38,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "index_first_axis",
     "install",
     "pad_input",
@@ -141,13 +144,13 @@ def flash_attn_varlen_func(
     sinks: Tensor | None = None,
 ) -> Result:
     """Attention of packed sequences: q (total_q, heads, dim), sequence b in rows cu_seqlens_q[b] up to
-    cu_seqlens_q[b + 1], and k, v likewise.
+    cu_seqlens_q[b + 1], and k, v likewise; or, with block_table (batch, n), k and v in pages
+    (pages, page_size, heads, dim), without gradients.
 
     Raises:
-        NotImplementedError: block_table was given. Others as `flash_attn_ext.flash_attention_varlen`.
+        NotImplementedError: a dropout together with block_table. Others as
+        `flash_attn_ext.flash_attention_varlen` and `flash_attn_ext.flash_attention_with_kvcache`.
     """
-    if block_table is not None:
-        raise NotImplementedError("block_table must be None: keys in pages are not served here yet")
     scores = {
         "scale": softmax_scale,
         "causal": causal,
@@ -157,6 +160,11 @@ def flash_attn_varlen_func(
         "sinks": sinks,
     }
     starts = (cu_seqlens_q, cu_seqlens_k)
+    if block_table is not None:
+        if dropout_p:
+            raise NotImplementedError(f"dropout_p must be 0 together with block_table, got {dropout_p}")
+        out, lse = _cached.varlen(q, k, v, *starts, max_seqlen_q, scores, block_table)
+        return (out, lse.float(), q.new_empty(0)) if return_attn_probs else out
 
     def attention(**options):
         return flash_attention_varlen(q, k, v, *starts, max_seqlen_q, max_seqlen_k, **options)
@@ -185,6 +193,61 @@ def flash_attn_varlen_qkvpacked_func(
     """`flash_attn_varlen_func` on the three slices of qkv (total, 3, heads, dim)."""
     packing = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     return flash_attn_varlen_func(*qkv.unbind(1), *packing, *arguments, **options)
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+    *,
+    sinks: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Appends k and v to the caches, in place, then attends: `flash_attn_ext.flash_attention_with_kvcache`,
+    where cache_seqlens is cache_lengths. Without it the caches are full.
+
+    Returns:
+        out, or (out, softmax_lse), (batch, heads, seq_q) float32.
+    """
+    if cache_seqlens is None:
+        if k is not None:
+            raise ValueError("cache_seqlens must be given together with k, which is written there")
+        pages = 1 if block_table is None else block_table.shape[-1]
+        cache_seqlens = pages * k_cache.shape[1]
+    result = flash_attention_with_kvcache(
+        q, k_cache, v_cache, k, v,
+        cache_lengths=cache_seqlens,
+        cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad,
+        block_table=block_table,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        rotary_interleaved=rotary_interleaved,
+        causal=causal,
+        window=window_size,
+        softcap=softcap,
+        scale=softmax_scale,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        num_splits=num_splits,
+        return_lse=return_softmax_lse,
+    )  # fmt: skip
+    return (result[0], result[1].float()) if return_softmax_lse else result
 
 
 def _flash_attn_forward(
@@ -255,12 +318,19 @@ def _flash_attn_varlen_forward(
     zero_tensors: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, softmax_lse, S_dmask, rng_state) of packed sequences; softmax_lse (heads, total_q)."""
-    for name, value in (("block_table", block_table), ("leftpad_k", leftpad_k), ("seqused_k", seqused_k)):
-        if value is not None:
-            raise NotImplementedError(f"{name} must be None: it is not served here yet")
     del zero_tensors  # what belongs to no sequence is 0 anyway
     window = (window_size_left, window_size_right)
     scores = (softmax_scale, causal, window, softcap, alibi_slopes)
+    if any(t is not None for t in (block_table, leftpad_k, seqused_k)):
+        if dropout_p:
+            raise NotImplementedError(
+                f"dropout_p must be 0 with block_table, leftpad_k or seqused_k, got {dropout_p}"
+            )
+        named = dict(zip(("scale", "causal", "window", "softcap", "alibi_slopes"), scores, strict=True))
+        placed = (max_seqlen_q, named, block_table, leftpad_k, seqused_k)
+        out, lse = _cached.varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *placed)
+        state = torch.zeros(2, dtype=torch.int64, device=q.device)
+        return out, lse.float(), q.new_empty(0), state
     packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return _raw.forward(q, k, v, dropout_p, return_softmax, *scores, packing=packing)
 

@@ -128,7 +128,8 @@ Case::Case(const CaseSpec& s, uint32_t seed) : spec(s) {
   p.q = one_batch(q);
   p.k = one_batch(k);
   p.v = one_batch(v);
-  p.masking.band = make_band(s.causal, s.window_left, s.window_right, s.seq_q, s.seq_kv);
+  p.band_rule = {s.causal, s.window_left, s.window_right};
+  p.masking.band = p.band_rule.of(s.seq_q, s.seq_kv);
   p.score.scale = s.scale ? *s.scale : 1 / std::sqrt(double(s.dim));
   p.score.softcap = s.softcap;
 
@@ -215,13 +216,7 @@ void Case::add_extras(uint32_t seed) {
          s.intervals};
   }
   if (packed()) {
-    p.packing = {{spec.starts_q.data(), 1, false},
-                 {spec.starts_kv.data(), 1, false},
-                 rows_q(),
-                 rows_kv(),
-                 s.causal,
-                 s.window_left,
-                 s.window_right};
+    p.packing = {{spec.starts_q.data(), 1, false}, {spec.starts_kv.data(), 1, false}, rows_q(), rows_kv()};
   }
 }
 

@@ -43,8 +43,8 @@ class Decode : private ForwardRows<P, S> {
       if (keys.begin < begin) keys.begin = begin;
       if (keys.end > end) keys.end = end;
     }
-    for (int64_t k = keys.begin / 4 * 4; k < keys.end; k += plan_.block_kv) {
-      const int64_t end = k + plan_.block_kv < keys.end ? k + plan_.block_kv : keys.end;
+    for (int64_t k = keep_ ? keys.begin / 4 * 4 : keys.begin, end; k < keys.end; k = end) {
+      end = block_end(k, keys.end);
       for_each_head(heads, [&] { attend_block(k, end); });
     }
     for_each_head(heads, [&] {
@@ -63,6 +63,17 @@ class Decode : private ForwardRows<P, S> {
     this->move(-heads);
   }
 
+  // Blocks end with large pages, so that their keys are read where they lie; small ones are gathered.
+  int64_t block_end(int64_t k, int64_t last) const {
+    constexpr int64_t kLargePage = 64;
+    int64_t end = k + plan_.block_kv;
+    if (const int64_t page = p_.cache.pages.page_size; page >= kLargePage) {
+      const int64_t left = page - (sequence_.first_key + k) % page;
+      if (k + left < end) end = k + left;
+    }
+    return end < last ? end : last;
+  }
+
   void attend_block(int64_t k_begin, int64_t k_end) {
     const int rows = int(row_end_ - row_begin_);
     RowRef refs[kDirectRows];
@@ -70,9 +81,10 @@ class Decode : private ForwardRows<P, S> {
     TileMask mask{k_begin, k_end};
     if (p_.has_mask()) mask = classify_masks(p_, b_, refs, rows, k_begin, k_end);
     if (mask.skip()) return;
-    mask.begin = mask.begin / 4 * 4;  // dropout draws for four keys at a time
+    if (keep_) mask.begin = mask.begin / 4 * 4;  // dropout draws for four keys at a time
     const int64_t keys = mask.end - mask.begin, columns = round_up(keys, V::kWidth), ld = plan_.block_kv;
-    Products::score(q_, dim_padded_, rows, this->keys_of(p_.k, mask.begin), keys, p_.dim, scores_, ld);
+    Products::score(q_, dim_padded_, rows, this->keys_of(p_.k, mask.begin, keys, p_.dim), keys, p_.dim,
+                    scores_, ld);
 
     const ScoreTile<V> tile{scores_, ld, mask.begin, keys, columns, b_, refs, rows};
     const bool partial = classify(sequence_.band, sequence_.kv_length, refs[0].query,
@@ -85,7 +97,7 @@ class Decode : private ForwardRows<P, S> {
       if (keep_) this->drop(refs[i], mask.begin, keys, s);
     }
     for (int64_t c = 0; c < rows * dim_v_padded_; c += V::kWidth) V::store(before_ + c, V::load(acc_ + c));
-    const SourceRows<S> values = this->keys_of(p_.v, mask.begin);
+    const SourceRows<S> values = this->keys_of(p_.v, mask.begin, keys, p_.dim_v);
     Products::accumulate(scores_, ld, rows, alpha, values, keys, p_.dim_v, acc_, dim_v_padded_);
     FiniteWatch<V> watch;
     for (int64_t c = 0; c < rows * dim_v_padded_; c += V::kWidth) watch.see(V::load(acc_ + c));

@@ -72,11 +72,11 @@ class Forward : private ForwardRows<P, S> {
   void load_keys(int64_t k_begin, int64_t k_end) {
     const int64_t n = k_end - k_begin;
     block_keys_ = n;
-    pack_transposed<P>(this->keys_of(p_.k, k_begin), n, p_.dim, k_);
-    const bool finite = pack_rows<P>(this->keys_of(p_.v, k_begin), n, p_.dim_v, v_);
+    pack_transposed<P>(this->keys_of(p_.k, k_begin, n, p_.dim), n, p_.dim, k_);
+    const SourceRows<S> values = this->keys_of(p_.v, k_begin, n, p_.dim_v);
     special_count_ = 0;
-    if (!finite) {
-      special_count_ = find_special_rows(this->keys_of(p_.v, k_begin), n, p_.dim_v, special_);
+    if (!pack_rows<P>(values, n, p_.dim_v, v_)) {
+      special_count_ = find_special_rows(values, n, p_.dim_v, special_);
       for (int64_t i = 0; i < special_count_; ++i) clear_packed_row<P>(v_, n, p_.dim_v, special_[i]);
     }
   }
@@ -128,7 +128,7 @@ class Forward : private ForwardRows<P, S> {
     for (int64_t i = 0; i < special_count_; ++i) {
       const int64_t key = k_begin + special_[i], j = special_[i] - first;
       if (j < 0 || j >= keys) continue;
-      const SourceRows<S> value = this->keys_of(p_.v, key);
+      const SourceRows<S> value = this->key_row(p_.v, key);
       for (int r = 0; r < rows; ++r) {
         if (!is_visible(p_, sequence_, b_, refs[r].head, refs[r].query, key)) continue;
         add_special_row(Real(to_float(probabilities[r * plan_.block_kv + j])), value.data, value.column,

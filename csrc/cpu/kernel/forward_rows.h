@@ -39,6 +39,9 @@ class ForwardRows {
       keep_ = arena_.take<Real>(DropoutRow::room(plan.block_kv));
       if (base) dropout_key_ = p_.dropout.key();
     }
+    if (p_.cache.pages.present()) {
+      gathered_ = arena_.take<S>(plan.block_kv * (p_.dim > p_.dim_v ? p_.dim : p_.dim_v));
+    }
   }
 
   // The rows of a tile of block_q rows; false when there are none, in a sequence shorter than the longest.
@@ -70,8 +73,25 @@ class ForwardRows {
   SourceRows<S> rows_of(const View4& x, int64_t head, int64_t row) const {
     return {static_cast<const S*>(x.data) + x.offset(b_, head, row), x.stride[2], x.stride[3]};
   }
-  SourceRows<S> keys_of(const View4& x, int64_t key) const {
-    return rows_of(x, head_kv_, sequence_.first_key + key);
+  SourceRows<S> key_row(const View4& x, int64_t key) const {
+    return {static_cast<const S*>(x.data) + p_.key_offset(x, sequence_, head_kv_, key), x.stride[2],
+            x.stride[3]};
+  }
+  // n > 0 keys or values from `key` on, where they lie; those of several pages in one place, until the next
+  // call.
+  SourceRows<S> keys_of(const View4& x, int64_t key, int64_t n, int64_t columns) const {
+    const int64_t page = p_.cache.pages.page_size, row = sequence_.first_key + key;
+    if (!p_.cache.pages.present() || row / page == (row + n - 1) / page) return key_row(x, key);
+    for (int64_t done = 0; done < n;) {
+      const int64_t left = page - (row + done) % page, count = left < n - done ? left : n - done;
+      SourceRows<S> from = key_row(x, key + done);
+      for (int64_t i = 0; i < count; ++i, from = from.from_row(1)) {
+        S* const to = gathered_ + (done + i) * columns;
+        for (int64_t c = 0; c < columns; ++c) to[c] = from.data[c * from.column];
+      }
+      done += count;
+    }
+    return {gathered_, columns, 1};
   }
 
   // with_sinks: a sink is there before any key, and has no value.
@@ -142,6 +162,7 @@ class ForwardRows {
   Real* scratch_;         // [block_kv]
   Real* keep_ = nullptr;  // [block_kv] factors of dropout, with dropout
   PhiloxKey dropout_key_{};
+  S* gathered_ = nullptr;  // [block_kv][dim or dim_v], with pages
 };
 
 }  // namespace fae::cpu::FAE_ISA_NAMESPACE

@@ -67,6 +67,7 @@ Plan begin(const Problem& p, const Device& device, const Options& options) {
       {p.masking.intervals.present(), "row_labels"},
       {p.masking.mask.present() && !p.masking.mask.dense(), "a block-sparse mask"},
       {p.packing.present(), "cu_seqlens_q"},
+      {p.cache.present(), "a cache of keys"},
   };
   for (const auto& [given, name] : unserved) {
     if (given) plan.objections.push_back(std::string("its kernels do not know ") + name);
