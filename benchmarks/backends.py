@@ -31,6 +31,7 @@ class Formulation:
     inputs: tuple[Tensor, Tensor, Tensor]
     forward: Callable[[Tensor, Tensor, Tensor], Tensor]
     trick: bool = False  # rewrites the problem to reach a fused kernel; plain SDPA would take the call too
+    packed: bool = False  # results are packed sequences
 
     def run_forward(self) -> Tensor:
         return self.forward(*self.inputs)
@@ -77,10 +78,10 @@ class Problem:
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(self.dtype)
 
-        self.q = normal(case.batch, case.heads, case.seq, case.dim)
+        self.q = normal(case.batch, case.heads, case.queries, case.dim)
         self.k = normal(case.batch, case.kv_heads, case.seq, case.dim)
         self.v = normal(case.batch, case.kv_heads, case.seq, case.value_dim)
-        self.dout = normal(case.batch, case.heads, case.seq, case.value_dim)
+        self.dout = normal(case.batch, case.heads, case.queries, case.value_dim)
         self.bias = normal(*case.bias, case.seq, case.seq) if case.bias else None
         self.mask = None
         if case.mask:
@@ -89,19 +90,41 @@ class Problem:
             self.mask[..., 0] = True  # no row without a key: torch's answer there is another
         lengths = case.kv_lengths()
         self.kv_lengths = torch.tensor(lengths, dtype=torch.int32) if lengths else None
+        self.sinks = normal(case.heads) if case.sinks else None
 
     def ours(self) -> Formulation:
         from flash_attn_ext import flash_attention
 
         case = self.case
+        if case.packed:
+            return self._packed()
         options = {"layout": "bhsd", "causal": case.causal, "window": case.window, "mask": self.mask,
-                   "bias": self.bias, "kv_lengths": self.kv_lengths}  # fmt: skip
+                   "bias": self.bias, "kv_lengths": self.kv_lengths, "sinks": self.sinks}  # fmt: skip
         options = {name: value for name, value in options.items() if value is not None}
+        if case.dropout:
+            options["dropout_p"] = case.dropout
 
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return flash_attention(q, k, v, **options)
 
         return Formulation("ours", (self.q, self.k, self.v), call)
+
+    def _packed(self) -> Formulation:
+        from flash_attn_ext import flash_attention_varlen
+
+        starts = F.pad(self.kv_lengths.cumsum(0), (1, 0)).int()
+
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return flash_attention_varlen(q, k, v, starts, starts, self.case.seq, self.case.seq)
+
+        return Formulation(
+            "ours", tuple(map(self.without_padding, (self.q, self.k, self.v))), call, packed=True
+        )
+
+    def without_padding(self, x: Tensor) -> Tensor:
+        """The rows of all sequences of a (batch, heads, seq, dim) tensor: (total, heads, dim)."""
+        rows = torch.arange(self.case.seq) < self.kv_lengths[:, None]
+        return x.transpose(1, 2)[rows]
 
     def _torch_mask(self) -> Tensor | None:
         case = self.case
@@ -116,15 +139,19 @@ class Problem:
     def theirs(self) -> list[Formulation]:
         """Every formulation that a torch user would think of, on both memory layouts."""
         case, mask = self.case, self._torch_mask()
-        if mask is not None:
+        if case.sinks:
+            masks = {"one more key": self._sink_mask()}
+        elif mask is not None:
             masks = {"bool mask": mask, "float mask": additive(mask, self.dtype)}
         else:
             masks = {"": self.bias}
-        causal = case.causal and case.window is None  # else the mask has it
+        causal = case.causal and case.window is None and not case.sinks  # else the mask has it
         calls: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
         for name, attn_mask in masks.items():
-            options = {"attn_mask": attn_mask, "is_causal": causal}
-            if case.heads_kv:
+            options = {"attn_mask": attn_mask, "is_causal": causal, "dropout_p": case.dropout}
+            if case.sinks:
+                calls[name] = _with_sink_key(case.heads // case.kv_heads, **options)
+            elif case.heads_kv:
                 calls[f"{name} enable_gqa".strip()] = _direct(enable_gqa=True, **options)
                 calls[f"{name} repeated".strip()] = _repeated(case.heads // case.kv_heads, **options)
             else:
@@ -138,15 +165,45 @@ class Problem:
             for layout, inputs in layouts.items()
         ]
 
+    def _sink_mask(self) -> Tensor:
+        """What to add to the scores of the keys, the last of which stands for the sink."""
+        seen = band_mask(self.case) if self.case.causal else torch.ones(self.case.seq, self.case.seq) > 0
+        keys = additive(seen, self.dtype).expand(self.case.heads, -1, -1)
+        return torch.cat((keys, self.sinks[:, None, None].expand(-1, self.case.seq, 1)), -1)[None]
+
     def verify(self, formulation: Formulation, tolerances: dict[str, tuple[float, float]]) -> None:
         """Raises ValueError if the formulation's result is not that of torch in fp32."""
         tolerance = tolerances[self.case.dtype][self.case.backward]
+        if self.case.dropout:
+            if formulation.name == "ours":
+                self._verify_dropout(formulation, tolerance)
+            return  # which weights torch drops cannot be told
         for name, got, want in zip(RESULTS, self._results(formulation), self._expected(), strict=False):
+            if self.case.packed:
+                want = self.without_padding(want)
+                got = got if formulation.packed else self.without_padding(got)
             error = (got.float() - want).abs().max() / want.abs().max()
             if not error <= tolerance:
                 raise ValueError(
                     f"{self.case.name}: {name} of '{formulation.name}' is off by {error:.2e} of its maximum"
                 )
+
+    def _verify_dropout(self, ours: Formulation, tolerance: float) -> None:
+        """The forward pass against the dense formula with the weights that it drops."""
+        from flash_attn_ext.testing import dropout_mask, next_rng_state
+
+        case = self.case
+        state = next_rng_state()
+        with torch.no_grad():
+            got = ours.run_forward().float()
+        kept = dropout_mask(state, case.batch, case.heads, case.seq, case.seq, case.dropout)
+        scores = self.q.float() @ self.k.float().mT * case.dim**-0.5
+        if case.causal:
+            scores += additive(band_mask(case), torch.float32)
+        want = (scores.softmax(-1) * kept / (1 - case.dropout)) @ self.v.float()
+        error = (got - want).abs().max() / want.abs().max()
+        if not error <= tolerance:
+            raise ValueError(f"{case.name}: out of 'ours' is off by {error:.2e} of its maximum")
 
     def _results(self, formulation: Formulation) -> tuple[Tensor, ...]:
         if not self.case.backward:
@@ -159,7 +216,7 @@ class Problem:
             exact = Problem.__new__(Problem)
             exact.case, exact.dtype = self.case, torch.float32
             exact.mask, exact.kv_lengths = self.mask, self.kv_lengths
-            for name in ("q", "k", "v", "dout", "bias"):
+            for name in ("q", "k", "v", "dout", "bias", "sinks"):
                 value = getattr(self, name)
                 setattr(exact, name, None if value is None else value.float())
             self._reference = exact._results(exact.theirs()[0])
@@ -180,6 +237,16 @@ def _repeated(group: int, **options) -> Callable[[Tensor, Tensor, Tensor], Tenso
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, **options)
+
+    return call
+
+
+def _with_sink_key(group: int, **options) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A sink as one more key, of zeros, whose score the mask is; K and V repeated by hand."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (F.pad(t.repeat_interleave(group, dim=1), (0, 0, 0, 1)) for t in (k, v))
         return F.scaled_dot_product_attention(q, k, v, **options)
 
     return call

@@ -15,6 +15,7 @@ FLOOR_RATIO = 0.97
 BACKWARD_FLOPS_FACTOR = 2.5
 
 SHORT_DTYPE = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # fp16 has no dot instruction on the CPUs at hand: its kernels compute in fp32.
 LIMIT_DTYPE = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}
 
@@ -36,6 +37,10 @@ class Case:
     mask: bool = False  # random bool mask (batch, 1, seq, seq)
     bias: tuple[int, int] | None = None  # (batch, heads) extent of a (.., .., seq, seq) bias
     padded: bool = False  # kv_lengths, half of the keys on average
+    packed: bool = False  # the same lengths for queries too, as packed sequences
+    seq_q: int = 0  # 0: seq
+    dropout: float = 0.0
+    sinks: bool = False
     backward: bool = False
     goal_ratio: float | None = None
     goal_share: float | None = None
@@ -49,22 +54,30 @@ class Case:
         return self.dim_v or self.dim
 
     @property
+    def queries(self) -> int:
+        return self.seq_q or self.seq
+
+    @property
     def name(self) -> str:
         """Unique within the suite; the key by which two runs are compared."""
         heads = f"H{self.heads}" if not self.heads_kv else f"H{self.heads}/{self.heads_kv}"
         dim = f"D{self.dim}" if not self.dim_v else f"D{self.dim}/{self.dim_v}"
-        parts = [f"B{self.batch}", heads, f"S{self.seq}", dim, SHORT_DTYPE[self.dtype]]
+        seq = f"S{self.seq}" if not self.seq_q else f"S{self.seq_q}x{self.seq}"
+        parts = [f"B{self.batch}", heads, seq, dim, SHORT_DTYPE[self.dtype]]
         parts += ["causal"] * self.causal
         parts += [f"window{self.window[0]},{self.window[1]}"] if self.window else []
         parts += ["mask"] * self.mask
         parts += [f"bias({self.bias[0]},{self.bias[1]},S,S)"] if self.bias else []
         parts += ["half-padded"] * self.padded
+        parts += ["varlen"] * self.packed
+        parts += [f"dropout {self.dropout:g}"] if self.dropout else []
+        parts += ["sinks"] * self.sinks
         parts += ["bwd"] * self.backward
         return " ".join(parts)
 
     def kv_lengths(self) -> list[int] | None:
         """Evenly spread over (0, seq], half of seq on average."""
-        if not self.padded:
+        if not self.padded and not self.packed:
             return None
         step = self.seq / self.batch
         return [max(1, round(step * (i + 0.5))) for i in range(self.batch)]
@@ -77,6 +90,9 @@ class Case:
         total = 0
         for length in self.kv_lengths() or [self.seq] * self.batch:
             left, right = self.window or (-1, -1)
+            if self.window is None and not self.causal:
+                total += length * (length if self.packed else self.queries)
+                continue
             for i in range(self.seq):
                 first = max(0, i - left) if left >= 0 else 0
                 last = min(length - 1, i + right) if right >= 0 else length - 1
@@ -89,9 +105,14 @@ class Case:
         forward = 2.0 * self.heads * self.visible_pairs() * (self.dim + self.value_dim)
         return forward * (BACKWARD_FLOPS_FACTOR if self.backward else 1.0)
 
+    def key_bytes(self) -> float:
+        """Of keys and values, which decoding reads once."""
+        return float(self.batch * self.kv_heads * self.seq * (self.dim + self.value_dim) * BYTES[self.dtype])
+
     @property
     def limit(self) -> str:
-        return LIMIT_DTYPE[self.dtype]
+        """The matrix product of a dtype, or with few queries reading memory."""
+        return "read" if self.seq_q else LIMIT_DTYPE[self.dtype]
 
 
 def _forward() -> list[Case]:
@@ -181,9 +202,43 @@ def _shapes() -> list[Case]:
     return dim_v + gqa + small
 
 
+def _decode() -> list[Case]:
+    cases = []
+    for dtype, ratio in (("float32", 1.6), ("bfloat16", 15), ("float16", 15)):
+        group = f"decode {SHORT_DTYPE[dtype]}"
+        cases += [
+            Case(group, batch, 32, seq, dim, dtype, heads_kv=kv, seq_q=1, goal_ratio=ratio, goal_share=share)
+            for batch, seq, dim, kv, share in (
+                (1, 4096, 128, 0, 0.85),
+                (4, 4096, 64, 8, 0.85),
+                (1, 16384, 128, 8, 0.85),
+                (8, 4096, 128, 4, 0.65),
+                (1, 16384, 64, 4, 0.65),
+            )
+        ]
+    return cases
+
+
+def _features() -> list[Case]:
+    dropout = [
+        Case(f"dropout {'with' if backward else 'before'} backward", 2, 8, s, 64, dtype, causal=causal,
+             dropout=0.1, backward=backward, goal_ratio=2 if backward else 5)
+        for backward in (False, True)
+        for dtype in ("float32", "bfloat16")
+        for s, causal in ((512, False), (1024, True))
+    ]  # fmt: skip
+    packed = [Case("varlen", 8, 8, s, d, dtype, packed=True, goal_ratio=1.8)
+              for dtype in ("float32", "bfloat16")
+              for s, d in ((512, 64), (1024, 64), (512, 128))]  # fmt: skip
+    sinks = [Case("sinks", 1, 16, 1024, 64, dtype, heads_kv=kv, causal=causal, sinks=True)
+             for dtype in ("float32", "bfloat16")
+             for kv, causal in ((0, False), (4, True))]  # fmt: skip
+    return dropout + packed + sinks
+
+
 def all_cases() -> list[Case]:
     """Every throughput case, in the order of the table."""
-    return _forward() + _backward() + _masks() + _shapes()
+    return _forward() + _backward() + _masks() + _shapes() + _decode() + _features()
 
 
 def quick_cases() -> list[Case]:

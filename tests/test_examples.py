@@ -19,14 +19,31 @@ ROOT = Path(__file__).resolve().parent.parent
         (["swap_sdpa.py"], "gradients agree"),
         (["demo.py", "worked"], "largest difference between the three"),
         (["train_gpt.py", "--steps", "8"], "tokens/s"),
+        (
+            [
+                "decode_paged.py",
+                "--requests",
+                "9",
+                "--pages",
+                "8",
+                "--width",
+                "32",
+                "--most-tokens",
+                "12",
+                "--longest-prompt",
+                "70",
+            ],
+            "the tokens are the same",
+        ),
+        (["benchmark_flash_attention.py", "--max", "128"], "plot:"),
     ],
-    ids=["quickstart", "swap_sdpa", "demo", "train_gpt"],
+    ids=["quickstart", "swap_sdpa", "demo", "train_gpt", "decode_paged", "benchmark"],
 )
 def test_example(command, expected, tmp_path):
     script, *arguments = command
-    if script in ("demo.py", "train_gpt.py"):
+    if script in ("demo.py", "train_gpt.py", "benchmark_flash_attention.py"):
         arguments += ["--out", str(tmp_path)]
-    for needed in {"demo.py": ["rich"], "train_gpt.py": ["matplotlib"]}.get(script, []):
+    for needed in () if script in ("quickstart.py", "swap_sdpa.py") else ("rich", "matplotlib"):
         pytest.importorskip(needed)
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}  # installed or not
     done = subprocess.run(
