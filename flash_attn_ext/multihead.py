@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import autograd, reference
-from ._options import Options
 from ._extended import check_dropout
+from ._options import Options
 from ._philox import draw_state
 from .functional import flash_attention
 
@@ -61,7 +61,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         dtype: torch.dtype | None = None,
     ):
         super().__init__(
-            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first,
+            device, dtype,
         )  # fmt: skip
         self.register_forward_pre_hook(_be_called)
 
@@ -185,7 +186,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         padding: Tensor | None = None,
     ) -> Tensor:
-        """(batch, seq_q, heads, dim). `attn_mask` broadcasts to the scores; `padding`: (batch, 1, 1, seq_kv)."""
+        """(batch, seq_q, heads, dim). attn_mask broadcasts to the scores; padding: (batch, 1, 1, seq_kv)."""
         options, scale = {}, None
         masks = [m for m in (attn_mask, padding) if m is not None]
         if len(masks) == 2 and attn_mask.dtype != torch.bool and padding.dtype != torch.bool:
@@ -210,7 +211,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         weights_dtype = q.dtype
         if torch._C._is_any_autocast_enabled():
             q, k, v = autograd.autocast(q, k, v)
-            weights_dtype = torch.promote_types(q.dtype, torch.float32)  # autocast's softmax
+            # On other devices than the CPU, autocast's softmax is float32.
+            weights_dtype = q.dtype if q.is_cpu else torch.promote_types(q.dtype, torch.float32)
         mask = bias = None
         for m in (attn_mask, padding):
             if m is None:
@@ -252,9 +254,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 raise AssertionError(f"{name} must be None for nested tensors, got shape {tuple(mask.shape)}")
         if not self.batch_first or self.bias_k is not None or self.add_zero_attn or is_causal:
             raise AssertionError(
-                "nested tensors need batch_first=True, add_bias_kv=False, add_zero_attn=False and is_causal=False, "
-                f"got batch_first={self.batch_first}, add_bias_kv={self.bias_k is not None}, "
-                f"add_zero_attn={self.add_zero_attn} and is_causal={is_causal}"
+                "nested tensors need batch_first=True, add_bias_kv=False, add_zero_attn=False and "
+                f"is_causal=False, got {self.batch_first}, {self.bias_k is not None}, {self.add_zero_attn} "
+                f"and {is_causal}"
             )
         if need_weights:
             parts = zip(*(t.unbind() for t in named.values()), strict=True)
@@ -331,8 +333,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
 
 def _be_called(module: torch.nn.Module, args: tuple) -> None:
-    """A hook that does nothing but be there: `nn.TransformerEncoderLayer` takes its fused operator, which reads
-    the parameters of `self_attn` and does not call it, only where no module has hooks."""
+    """A hook that does nothing but be there: only where no module has hooks `nn.TransformerEncoderLayer`
+    takes its fused operator, which reads the parameters of `self_attn` and does not call it."""
 
 
 def _in_layout(t: Tensor, layout: torch.layout) -> Tensor:

@@ -146,8 +146,8 @@ def _attend(p: Problem, dtype: torch.dtype, lse_dtype: torch.dtype | None) -> tu
 def _unfused(
     p: Problem, dtype: torch.dtype, lse_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Output (batch, heads_kv, group * seq_q, dim_v), weights (..., seq_kv), and the LSE, without the last axis,
-    when `lse_dtype` is given."""
+    """Output (batch, heads_kv, group * seq_q, dim_v), weights (..., seq_kv), and if `lse_dtype` is given the
+    LSE, without the last axis."""
     # (batch, heads_kv, group * seq_q, seq_kv): query heads of a group are rows of one product.
     shape = (*p.q.shape[:-1], p.k.shape[2])
     whole = (0, shape[3], 0, shape[4])
