@@ -6,7 +6,7 @@ Example:
     >>> out = flash_attn_ext.flash_attention(q, k, v, causal=True)
 """
 
-from . import autograd, dispatch, fake, masks, ops
+from . import autograd, dispatch, fake, masks, nn, ops
 from . import testing as testing
 from ._C import build_info as _build_info
 from .config import AttentionConfig
@@ -15,14 +15,17 @@ from .functional import flash_attention, merge_states
 from .introspect import MemoryEstimate, Plan, build_info, estimate_memory, explain
 from .nn import Attention, create_attention
 from .sdpa import scaled_dot_product_attention, use_flash_attention
+from .stats import AttentionStats, attention_stats, plot_attention
 from .varlen import flash_attention_varlen
 
 __version__: str = _build_info()["version"]
 __all__ = [
     "Attention",
     "AttentionConfig",
+    "AttentionStats",
     "MemoryEstimate",
     "Plan",
+    "attention_stats",
     "available_backends",
     "build_info",
     "create_attention",
@@ -32,6 +35,8 @@ __all__ = [
     "flash_attention_varlen",
     "masks",
     "merge_states",
+    "nn",
+    "plot_attention",
     "scaled_dot_product_attention",
     "set_backend",
     "use_flash_attention",
