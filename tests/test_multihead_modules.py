@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from harness import LargestResult
 from test_multihead_attention import (
     BATCH,
     EMBED,
@@ -151,6 +152,32 @@ def test_copies_and_pickles():
     leaves = inputs(batch_first=False)
     for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         assert torch.equal(other(*leaves)[0], ours(*leaves)[0])
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_masks_are_not_expanded(backward):
+    """Padding stays a row for each batch, also beside an attn_mask, of which a bool one is inverted as it is."""
+    seq, batch = 600, 3
+    _, ours = pair(batch_first=True)
+    x = torch.randn(batch, seq, EMBED, requires_grad=backward)
+    hidden = torch.arange(seq).expand(batch, -1) >= torch.tensor([[seq], [400], [1]])
+    values = torch.randn(batch, seq, requires_grad=backward)
+    attn_mask = torch.randn(seq, seq)
+    causal = torch.nn.Transformer.generate_square_subsequent_mask(seq)
+    linear, given = 4 * batch * seq * EMBED, seq * seq
+    for limit, masks in [
+        (linear, {"key_padding_mask": hidden}),
+        (linear, {"key_padding_mask": values}),
+        (linear, {"key_padding_mask": hidden, "attn_mask": causal, "is_causal": True}),
+        (given, {"key_padding_mask": hidden, "attn_mask": attn_mask > 0}),
+        (linear, {"key_padding_mask": hidden, "attn_mask": attn_mask}),
+        (linear, {"key_padding_mask": values, "attn_mask": attn_mask}),
+    ]:
+        with LargestResult() as largest:
+            out, _ = ours(x, x, x, need_weights=False, **masks)
+            if backward:
+                out.sum().backward()
+        assert 0 < largest.elements <= limit, list(masks)
 
 
 @pytest.mark.parametrize("need_weights", [True, False])

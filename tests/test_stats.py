@@ -9,8 +9,8 @@ from dataclasses import fields
 
 import pytest
 import torch
+from harness import LargestResult
 from reference import distances, to_bhsd, visibility
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import flash_attn_ext as fae
 from flash_attn_ext import masks
@@ -216,28 +216,15 @@ def test_autocast():
     assert torch.equal(got.lse, fae.attention_stats(q.bfloat16(), q.bfloat16()).lse)
 
 
-class Largest(TorchDispatchMode):
-    """The most elements that a result of an operation has had."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for t in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(t, torch.Tensor) and 0 not in t.stride():
-                self.elements = max(self.elements, t.numel())
-        return result
-
-
 def test_nothing_is_as_large_as_the_map():
     seq = 4096
     q = torch.randn(1, seq, 1, 4)
     ids = torch.arange(seq) // 700
     options = dict(mask=masks.DocumentMask(ids), bias=torch.zeros(seq), alibi_slopes=torch.rand(1), bins=64)
-    with Largest() as largest:
+    with LargestResult() as largest:
         fae.attention_stats(q, q, causal=True, **options)
     assert 0 < largest.elements <= 512 * 512
-    with Largest() as largest:
+    with LargestResult() as largest:
         fae.flash_attention(q, q, q, causal=True, backend="standard")
     assert largest.elements >= seq * seq
 
