@@ -6,7 +6,7 @@ Example:
     >>> out = flash_attn_ext.flash_attention(q, k, v, causal=True)
 """
 
-from . import autograd, dispatch, fake, masks, ops
+from . import autograd, dispatch, fake, masks, nn, ops
 from . import testing as testing
 from ._C import build_info as _build_info
 from .caches import KVCache, PagedKVCache
@@ -17,16 +17,19 @@ from .introspect import MemoryEstimate, Plan, build_info, estimate_memory, expla
 from .kvcache import flash_attention_with_kvcache
 from .nn import Attention, create_attention
 from .sdpa import scaled_dot_product_attention, use_flash_attention
+from .stats import AttentionStats, attention_stats, plot_attention
 from .varlen import flash_attention_varlen
 
 __version__: str = _build_info()["version"]
 __all__ = [
     "Attention",
     "AttentionConfig",
+    "AttentionStats",
     "KVCache",
     "MemoryEstimate",
     "PagedKVCache",
     "Plan",
+    "attention_stats",
     "available_backends",
     "build_info",
     "create_attention",
@@ -37,6 +40,8 @@ __all__ = [
     "flash_attention_with_kvcache",
     "masks",
     "merge_states",
+    "nn",
+    "plot_attention",
     "scaled_dot_product_attention",
     "set_backend",
     "use_flash_attention",

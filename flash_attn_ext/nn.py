@@ -1,4 +1,4 @@
-"""Attention as a module."""
+"""Attention as modules."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from .config import AttentionConfig
 from .functional import flash_attention
+from .multihead import MultiheadAttention, replace_multihead_attention
+
+__all__ = ["Attention", "MultiheadAttention", "create_attention", "replace_multihead_attention"]
 
 
 class Attention(nn.Module):

@@ -46,8 +46,8 @@ def tile_shape(
     return max(1, min(queries, seq_q)), keys
 
 
-class _Tiles:
-    """What forward and backward have in common: which tiles there are, and their scores."""
+class Tiles:
+    """What every pass over the scores has in common: which tiles there are, and their scores."""
 
     def __init__(self, problem: Problem, accumulate: torch.dtype, block_q: int, block_kv: int):
         self.problem, self.dtype = problem, accumulate
@@ -97,6 +97,39 @@ def _unfold(t: Tensor, group: int) -> Tensor:
     return t.unflatten(2, (group, t.shape[2] // group))
 
 
+class OnlineSoftmax:
+    """The largest score of each row so far, and the sum of exp(score - largest): (batch, heads_kv, group,
+    queries, 1) each."""
+
+    def __init__(self, problem: Problem, q: Tensor):
+        """q: the rows in question, (batch, heads_kv, group, queries, dim), in the type of the scores."""
+        self.row_max = q.new_full((*q.shape[:-1], 1), -math.inf)
+        self.row_sum = torch.zeros_like(self.row_max)
+        if problem.sinks is not None:  # a key that all rows have seen before the first, with a value of 0
+            self.row_max = problem.sinks.to(q.dtype).expand_as(self.row_max)
+            self.row_sum = (self.row_max != -math.inf).to(q.dtype)
+
+    @property
+    def shift(self) -> Tensor:
+        """`row_max`, and 0 in rows that have seen no key: -inf - -inf is NaN."""
+        return self.row_max.masked_fill(self.row_max == -math.inf, 0)
+
+    def add(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """exp(score - row_max), in the place of the scores of a tile, and what earlier ones have to be
+        multiplied with."""
+        old_max = self.row_max
+        self.row_max = torch.maximum(old_max, s.amax(-1, keepdim=True))
+        weights = s.sub_(self.shift).exp_()
+        decay = (old_max - self.shift).exp_()
+        self.row_sum = self.row_sum * decay + weights.sum(-1, keepdim=True)
+        return weights, decay
+
+    def lse(self, dtype: torch.dtype) -> Tensor:
+        """-inf where there is nothing; without the last axis."""
+        lse = self.row_max.to(dtype) + self.row_sum.to(dtype).log()
+        return lse.masked_fill_(self.row_sum == 0, -math.inf).squeeze(-1)
+
+
 @torch.no_grad()
 def forward(
     q: Tensor,
@@ -133,7 +166,7 @@ def _forward_part(p: Problem, out_rows: Tensor, lse_rows: Tensor, block_q: int, 
         if p.sinks is not None:
             lse_rows.copy_(p.sinks[..., 0].expand_as(lse_rows))
         return
-    tiles = _Tiles(p, lse_dtype(p.q), block_q, block_kv)
+    tiles = Tiles(p, lse_dtype(p.q), block_q, block_kv)
     v_is_safe = is_finite(p.v)
     with no_autocast(p.q.device):
         for q0, q1 in tiles.query_blocks():
@@ -142,35 +175,23 @@ def _forward_part(p: Problem, out_rows: Tensor, lse_rows: Tensor, block_q: int, 
 
 
 def _forward_rows(
-    tiles: _Tiles, q0: int, q1: int, v_is_safe: bool, lse_dtype: torch.dtype
+    tiles: Tiles, q0: int, q1: int, v_is_safe: bool, lse_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     p = tiles.problem
     q = p.q[..., q0:q1, :].to(tiles.dtype)
-    row_max = q.new_full((*q.shape[:-1], 1), -math.inf)
-    row_sum = torch.zeros_like(row_max)
-    if p.sinks is not None:  # a key that all rows have seen before the first, with a value of 0
-        row_max = p.sinks.to(tiles.dtype).expand_as(row_max)
-        row_sum = (row_max != -math.inf).to(tiles.dtype)
+    softmax = OnlineSoftmax(p, q)
     acc = q.new_zeros(*q.shape[:-1], p.v.shape[-1])
     for k0, k1 in tiles.key_blocks(q0, q1):
         k, v = (t[:, :, k0:k1].to(tiles.dtype) for t in (p.k, p.v))
         tile = (q0, q1, k0, k1)
         s, visible, _ = tiles.scores(q, k, tile)
-        new_max = torch.maximum(row_max, s.amax(-1, keepdim=True))
-        # A row that has seen no key yet has maximum -inf, and -inf - -inf is NaN.
-        shift = new_max.masked_fill(new_max == -math.inf, 0)
-        weights = s.sub_(shift).exp_()
-        decay = (row_max - shift).exp_()
+        weights, decay = softmax.add(s)
         seen = None if v_is_safe or visible is None else _fold(visible.expand_as(s))
-        row_sum = row_sum * decay + weights.sum(-1, keepdim=True)
         if (kept := p.kept(*tile)) is not None:
             weights.mul_(kept).mul_(p.dropout_scale)
         acc = acc * decay + _unfold(contract(_fold(weights), seen, v), q.shape[2])
-        row_max = new_max
-    nothing = row_sum == 0
-    out = (acc / row_sum).masked_fill_(nothing, 0)
-    lse = (row_max.to(lse_dtype) + row_sum.to(lse_dtype).log()).masked_fill_(nothing, -math.inf)
-    return out, lse.squeeze(-1)
+    nothing = softmax.row_sum == 0
+    return (acc / softmax.row_sum).masked_fill_(nothing, 0), softmax.lse(lse_dtype)
 
 
 class Needs(NamedTuple):
@@ -216,7 +237,7 @@ def backward(
         for (p, queries, _), (grad, _, _) in zip(parts(q, k, v, options), grads, strict=True):
             if not p.has_work():
                 continue
-            tiles = _Tiles(p, dtype, block_q, block_kv)
+            tiles = Tiles(p, dtype, block_q, block_kv)
             own_dout, own_lse, own_dlse = (
                 t if t is None else p.rows(t[:, :, queries]) for t in (dout, lse, dlse)
             )
@@ -245,7 +266,7 @@ class _Tile(NamedTuple):
 class _Rows:
     """Queries [q0, q1) in the backward pass."""
 
-    def __init__(self, tiles: _Tiles, q0: int, q1: int, dout: Tensor, lse: Tensor):
+    def __init__(self, tiles: Tiles, q0: int, q1: int, dout: Tensor, lse: Tensor):
         self.tiles, self.q0, self.q1, self.dout = tiles, q0, q1, dout
         self.q = tiles.problem.q[..., q0:q1, :].to(tiles.dtype)
         self.lse = lse.masked_fill(lse == -math.inf, 0)

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from ._errors import check_call
 from ._options import Options
 from ._problem import LAYOUTS, Problem, contract, lse_dtype, lse_shape, no_autocast, parts
 
@@ -98,6 +99,23 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, return_lse: boo
     return out, lse.reshape(lse_shape(q, options.layout))
 
 
+def with_weights(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Out and the weights that made it, (batch, heads_q, seq_q, seq_kv), after dropout; differentiable.
+    q, k, v: rank 4."""
+    if not torch.compiler.is_compiling():
+        check_call(q, k, v, options)
+    with no_autocast(q.device):
+        [(p, *_)] = parts(q, k, v, options)
+        batch, heads_kv, group, seq_q, _ = p.q.shape
+        rows, seq_kv = (batch, heads_kv * group, seq_q), p.k.shape[2]
+        if p.has_work():
+            out, weights, _ = _unfused(p, q.dtype, None)
+        else:
+            out, weights = _attend(p, q.dtype, None)[0], q.new_zeros(*rows, seq_kv)
+    out, weights = out.reshape(*rows, v.shape[-1]), weights.reshape(*rows, seq_kv)
+    return (out.transpose(1, 2) if options.layout == LAYOUTS["bshd"] else out), weights
+
+
 def _zero(*tensors: Tensor | None) -> Tensor:
     """A sum over nothing: a zero that autograd knows to depend on the tensors."""
     return sum(t[None][:0].sum() for t in tensors if t is not None)
@@ -111,7 +129,7 @@ def _nothing(shape: tuple[int, ...], q: Tensor) -> Tensor:
 def _attend(p: Problem, dtype: torch.dtype, lse_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
     """(batch, heads_q, seq_q, dim_v), and (batch, heads_q, seq_q) when `lse_dtype` is given."""
     if p.has_work():
-        out, lse = _unfused(p, dtype, lse_dtype)
+        out, _, lse = _unfused(p, dtype, lse_dtype)
     else:
         zero = _zero(p.q, p.k, p.v, p.bias, p.slopes, p.sinks)
         rows = p.q.shape[:-1]
@@ -125,8 +143,11 @@ def _attend(p: Problem, dtype: torch.dtype, lse_dtype: torch.dtype | None) -> tu
     return out.reshape(*shape, p.v.shape[-1]), None if lse_dtype is None else lse.reshape(shape)
 
 
-def _unfused(p: Problem, dtype: torch.dtype, lse_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
-    """(batch, heads_kv, group * seq_q, dim_v), and without the last axis when `lse_dtype` is given."""
+def _unfused(
+    p: Problem, dtype: torch.dtype, lse_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Output (batch, heads_kv, group * seq_q, dim_v), weights (..., seq_kv), and if `lse_dtype` is given the
+    LSE, without the last axis."""
     # (batch, heads_kv, group * seq_q, seq_kv): query heads of a group are rows of one product.
     shape = (*p.q.shape[:-1], p.k.shape[2])
     whole = (0, shape[3], 0, shape[4])
@@ -160,14 +181,14 @@ def _unfused(p: Problem, dtype: torch.dtype, lse_dtype: torch.dtype | None) -> t
     if visible is None:
         out = weights @ p.v
     else:
-        # The second fill is for rows of nothing but -inf, whose softmax is NaN.
-        out = _SeenProduct.apply(weights.masked_fill(~visible, 0), visible, p.v)
+        weights = weights.masked_fill(~visible, 0)  # rows of nothing but -inf are NaN
+        out = _SeenProduct.apply(weights, visible, p.v)
     if lse_dtype is None:
-        return out, None
+        return out, weights, None
     lse = logits.to(lse_dtype).logsumexp(-1)
     if p.sinks is not None and visible is not None:
         lse = lse.where(visible.any(-1), lse.detach())  # of a row that sees no key the sink gets no gradient
-    return out, lse
+    return out, weights, lse
 
 
 def attention_fp64(

@@ -55,6 +55,8 @@ def scaled_dot_product_attention(
         torch.Size([2, 8, 1024, 64])
     """
     try:
+        if not (is_causal.__class__ is enable_gqa.__class__ is bool):
+            _check_flags(is_causal=is_causal, enable_gqa=enable_gqa)
         if dropout_p != 0.0:
             _check_dropout(dropout_p)
         if attn_mask is not None and (is_causal or attn_mask.dtype != torch.bool):
@@ -75,6 +77,13 @@ def scaled_dot_product_attention(
         if not getattr(query, "is_nested", False):
             _check_tensors(query, key, value, attn_mask)
         raise type(error)(_in_torch_terms(str(error))) from None
+
+
+def _check_flags(**flags: object) -> None:
+    """Raises for what only happens to have a truth value, such as is_causal="top_left"."""
+    for name, value in flags.items():
+        if not isinstance(value, (bool, torch.SymBool)):
+            raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
 def _check_dropout(dropout_p: object) -> None:
@@ -173,7 +182,7 @@ def _attention(
         return flash_attention(query, key, value, causal, layout="bhsd", **options)
     order = _stride_order(query)
     natural = sorted(order)
-    if order[-2:] == natural[-1:-3:-1]:
+    if len(order) > 1 and order[-2:] == natural[-1:-3:-1]:
         # Heads inside sequence: the other layout, so that nothing is copied.
         try:
             q, k, v = (t.transpose(-3, -2) for t in (query, key, value))
@@ -202,15 +211,17 @@ def _stride_order(t: Tensor) -> list[int]:
 
 
 def _many_batch_axes(query, key, value, attn_mask, causal, scale, dropout_p) -> Tensor:
-    """Several batch axes: as one where the strides allow it, else one after another, never by a copy."""
+    """Several batch axes: as one where the strides allow it, else one after another, never by a copy. The
+    result is contiguous, as torch's is with so many axes."""
     tensors = [t for t in (query, key, value, attn_mask) if t is not None]
     batch = math.prod(query.shape[:-3])
     try:
-        merged = [t.view(batch, *t.shape[-3:]) for t in tensors]
+        q, k, v, *mask = (t.view(batch, *t.shape[-3:]) for t in tensors)
     except RuntimeError:
         slices = zip(*tensors, strict=True)
         return torch.stack([_attention(*(*parts, None)[:4], causal, scale, dropout_p) for parts in slices])
-    return _attention(*(*merged, None)[:4], causal, scale, dropout_p).unflatten(0, query.shape[:-3])
+    options = _mask_option(mask[0] if mask else None) | {"scale": scale, "dropout_p": dropout_p}
+    return flash_attention(q, k, v, causal, layout="bhsd", **options).unflatten(0, query.shape[:-3])
 
 
 class use_flash_attention(TorchFunctionMode):

@@ -8,6 +8,7 @@ import torch
 from cases import Case, Inputs, build
 from reference import Result, attend, complaint, relative_error, to_bhsd, unfused
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flash_attn_ext as fae
 
@@ -105,3 +106,17 @@ def complaints(got: dict[str, Tensor], inputs: Inputs, exact: Result, errors: di
         if not torch.equal(hidden, torch.zeros_like(hidden)):
             found.append("dbias: hidden entries are not exactly 0")
     return [line for line in found if line]
+
+
+class LargestResult(TorchDispatchMode):
+    """The most elements that a result of an operation inside has had, views of stride 0 apart. What kernels take
+    on their own account it cannot see."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(t, Tensor) and 0 not in t.stride():
+                self.elements = max(self.elements, t.numel())
+        return result

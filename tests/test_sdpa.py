@@ -163,6 +163,25 @@ def test_strides_of_the_result_follow_torch(order, grad):
     assert ours.stride() == theirs.stride()
 
 
+def test_many_axes_give_a_contiguous_result_as_in_torch():
+    for q in (torch.randn(2, 3, 6, 4, 8).transpose(2, 3), torch.randn(3, 2, 4, 6, 8).transpose(0, 1)):
+        theirs, ours = (
+            f(q, q, q) for f in (F.scaled_dot_product_attention, fae.scaled_dot_product_attention)
+        )
+        assert ours.stride() == theirs.stride()
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(9, 8), (3, 9, 8)], ids=str)
+def test_strided_inputs_of_few_axes(shape):
+    """A slice of columns, and a transposed matrix."""
+    for q in (torch.randn(*shape[:-1], 16)[..., :8], torch.randn(*shape[:-2], 8, 9).mT):
+        assert not q.is_contiguous()
+        compare([q.detach().requires_grad_() for _ in range(3)])
+        got = fae.scaled_dot_product_attention(q, q, q, is_causal=True)
+        torch.testing.assert_close(got, F.scaled_dot_product_attention(q, q, q, is_causal=True))
+
+
 def test_strided_inputs():
     packed = torch.randn(2, 33, 3, 4, 16, requires_grad=True)
     q, k, v = (x.transpose(1, 2) for x in packed.unbind(2))
@@ -271,6 +290,9 @@ BAD = {
     "dropout-nan": (dict(dropout_p=math.nan), "dropout_p.*nan"),
     "dropout-text": (dict(dropout_p="0.1"), "dropout_p.*str"),
     "scale-nan": (dict(scale=math.nan), "scale.*nan"),
+    "causal-text": (dict(is_causal="top_left"), "is_causal.*top_left"),
+    "causal-none": (dict(is_causal=None), "is_causal.*None"),
+    "gqa-int": (dict(enable_gqa=1), "enable_gqa.*1"),
     "key-dim": (dict(key=torch.randn(2, 4, 47, 8)), r"key.*\(2, 4, 47, 8\)"),
     "value-seq": (dict(value=torch.randn(2, 4, 46, 16)), r"value.*\(2, 4, 46, 16\)"),
     "value-dtype": (dict(value=torch.randn(2, 4, 47, 16).double()), "value.*float64"),
