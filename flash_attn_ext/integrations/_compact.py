@@ -20,8 +20,8 @@ from ..masks import CausalMask, DenseMask, DocumentMask, Mask, WindowMask
 class CompactMask:
     """Which keys each query of a batch sees, in memory linear in the lengths; models hand it through.
 
-    In a place of the model that computes with its mask, it turns into the dense tensor: when it is indexed, given
-    to a torch function, or asked for a method of tensors.
+    In a model that computes with its mask it turns into the dense tensor: when it is indexed, given to a
+    torch function, or asked for a method of tensors.
 
     Args:
         seen: a mask of `flash_attn_ext.masks`, for the first `keys` keys.

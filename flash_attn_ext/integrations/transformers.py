@@ -15,7 +15,7 @@ try:
     from ._compact import CompactMask, Place, of_pattern, read
 except ImportError as error:
     raise ImportError(
-        f"flash_attn_ext.integrations.transformers needs transformers 5 or newer (pip install transformers): {error}"
+        f"flash_attn_ext.integrations.transformers needs transformers 5 (pip install transformers): {error}"
     ) from error
 
 from ..functional import flash_attention
@@ -28,10 +28,11 @@ _RESERVED = ("flash", "sdpa", "flex_attention", "eager", "|", "/")
 def register(name: str = "fae") -> str:
     """Makes `attn_implementation=name` known to transformers, for every model that chooses by name.
 
-    Masks of causal models, sliding windows, chunks, packed sequences and padding are never made dense; those of
-    other mask functions and 4-D masks given by the caller are bool or floating tensors, as for "sdpa". Softcap
-    (Gemma 2), sinks (GPT-OSS), T5's position bias with its gradient, dropout, static caches and
-    `torch.compile(fullgraph=True)` work. Rows of padding, which see nothing, are 0.
+    Causal masks, sliding windows, chunks, packed sequences and padding are never made dense; other mask
+    functions become bool tensors, and 4-D masks given by the caller stay what they are, as with "sdpa".
+    Softcap (Gemma 2), sinks (GPT-OSS), T5's position bias with its gradient, dropout, static caches and
+    `torch.compile(fullgraph=True)` work. Rows of padding, which see nothing, are 0. The weights cannot be
+    had: `output_attentions=True` gives None for them, or an error where a model passes it on.
 
     Args:
         name: any, but for what transformers reads something else into: "flash", "sdpa", "flex_attention",
@@ -41,7 +42,7 @@ def register(name: str = "fae") -> str:
         The name.
 
     Raises:
-        ValueError: such a name. ImportError, on import of this module: transformers is missing or older than 5.
+        ValueError: such a name. ImportError, when this module is imported: there is no transformers 5.
 
     Example:
         >>> from flash_attn_ext.integrations.transformers import register
@@ -81,19 +82,19 @@ def attention(
         module: asked for `is_causal` where the argument is None.
         query: (batch, heads_q, seq_q, dim); key: (batch, heads_kv, seq_kv, dim); value: (batch, heads_kv,
             seq_kv, dim_v). heads_q is a multiple of heads_kv, and a batch of 1 broadcasts.
-        attention_mask: what `attention_mask` below returns; or bool, True = may attend, or floating, added to the
-            scores, broadcastable to (batch, heads_q, seq_q, seq_kv). None: all keys, or where `is_causal` those
-            up to the query's own place, counted from the ends of both.
+        attention_mask: what `attention_mask` below returns; or bool, True = may attend, or floating, added
+            to the scores, broadcastable to (batch, heads_q, seq_q, seq_kv). None: all keys, or where
+            `is_causal` those up to the query's own place, counted from the ends of both.
         dropout: the probability with which a weight is dropped.
         scaling: factor of the scores; default 1 / sqrt(dim).
         softcap: scores become softcap * tanh(scores / softcap).
-        sliding_window: a query sees so many keys, itself included; heeded where there is no mask and `is_causal`
-            (a mask has the window in it).
+        sliding_window: a query sees so many keys, its own included; heeded where there is no mask and
+            `is_causal` (a mask has the window in it).
         s_aux: (heads_q,), sinks.
         position_bias: floating, broadcastable to the scores and added to them; differentiable.
 
     Returns:
-        (batch, seq_q, heads_q, dim_v), and None in the place of the weights, which are never there as a whole.
+        (batch, seq_q, heads_q, dim_v); and None for the weights, which are never there as a whole.
 
     Raises:
         ValueError: `output_attentions`; a mask for another number of keys. NotImplementedError: arguments of
@@ -103,8 +104,9 @@ def attention(
     causal, window, mask, bias = False, None, None, position_bias
     if isinstance(attention_mask, CompactMask):
         if attention_mask.shape[2:] != (query.shape[2], key.shape[2]):
+            queries, keys = attention_mask.shape[2:]
             raise ValueError(
-                f"attention_mask is for {attention_mask.shape[2]} queries and {attention_mask.shape[3]} keys, "
+                f"attention_mask is for {queries} queries and {keys} keys, "
                 f"got {query.shape[2]} and {key.shape[2]}"
             )
         mask = attention_mask.seen
@@ -165,23 +167,23 @@ def attention_mask(
     device: torch.device | str = "cpu",
     **kwargs,
 ) -> Tensor | CompactMask | None:
-    """The mask that transformers' models are to hand to `attention`, in memory linear in the lengths if possible.
+    """The mask for models to hand to `attention`, in memory linear in the lengths where that is possible.
 
     Args:
         batch_size, q_length, kv_length: sizes of the mask.
         q_offset, kv_offset: the positions of the first query and key; the former may be a 0-d tensor.
         mask_function: of (batch, head, query, key) indices: True where the key is seen.
-        attention_mask: bool (batch, tokens), False = padding; keys past its end are hidden, too. Or a mask made
-            here before, which comes back as it is.
-        allow_is_causal_skip, allow_is_bidirectional_skip: whether None may stand for a mask that is only causal,
-            or hides nothing.
+        attention_mask: bool (batch, tokens), False = padding; keys past its end are hidden, too. Or a mask
+            made here before, which comes back as it is.
+        allow_is_causal_skip, allow_is_bidirectional_skip: whether None may stand for a mask that is only
+            causal, or hides nothing.
         use_vmap: the function is the caller's own, for which there is only a dense mask.
         device: where the mask is to be.
 
     Returns:
         None, or bool (batch_size, 1, q_length, kv_length), or a `CompactMask` of that shape. The tensor is of
-        stride 0 over the queries where only padding is hidden, and dense where q_length is 1, for a function that
-        is not known, and where the model forbids None and so will compute with its mask.
+        stride 0 over the queries where only padding is hidden, and dense where q_length is 1, for a function
+        that is not known, and where the model forbids None and so will compute with its mask.
     """
     if isinstance(attention_mask, CompactMask):
         return attention_mask
@@ -189,9 +191,9 @@ def attention_mask(
 
     def dense() -> Tensor:
         return hf.sdpa_mask(
-            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
-            mask_function=mask_function, attention_mask=attention_mask, allow_is_causal_skip=False,
-            allow_is_bidirectional_skip=False, use_vmap=use_vmap, device=device, **kwargs,
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
+            kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
+            allow_is_causal_skip=False, use_vmap=use_vmap, device=device, **kwargs,
         )  # fmt: skip
 
     if pattern is None or (attention_mask is not None and attention_mask.dim() != 2):
