@@ -154,17 +154,48 @@ def test_masks_of_the_caller(name, dtype):
     torch.testing.assert_close(ours, eager, **FP32)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "bert", "t5"])
-@pytest.mark.parametrize("side", [None, "left"])
+COMPILED = [("mistral", None), ("gemma2", "left"), ("gpt_oss", "left"), ("t5", "left")]
+
+
+@pytest.mark.parametrize(("name", "side"), COMPILED)
 @torch.no_grad()
 def test_compile(name, side):
-    arguments = models.inputs(name, side)
+    arguments = models.inputs(name, side) | {"use_cache": False}
     model = models.model(name, "fae")
     expected = models.output(model(**arguments))
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     result = models.output(compiled(**arguments))
     torch.testing.assert_close(models.given(arguments, result), models.given(arguments, expected), **FP32)
+
+
+@torch.no_grad()
+def test_compile_with_a_static_cache():
+    """Where the place of the queries is a tensor; then one query, twice by one graph."""
+    from transformers import StaticCache
+
+    ids, mask = models.tokens(length=12), models.padding("left", length=12)
+    model = models.model("llama", "fae")
+    torch._dynamo.reset()
+    results = []
+    for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        cache = StaticCache(model.config, 20)
+        cache.early_initialization(2, 2, 8, torch.float32, ids.device)
+        results.append(
+            torch.cat(
+                [
+                    forward(
+                        input_ids=ids[:, begin:end],
+                        attention_mask=torch.nn.functional.pad(mask[:, :end], (0, 20 - end)),
+                        position_ids=torch.arange(begin, end)[None],
+                        past_key_values=cache,
+                    ).logits
+                    for begin, end in ((0, 5), (5, 10), (10, 11), (11, 12))
+                ],
+                1,
+            )[mask.bool()]
+        )
+    torch.testing.assert_close(results[1], results[0], **FP32)
 
 
 def test_dropout():

@@ -228,8 +228,8 @@ def of_pattern(
         parts.append(_chunks(pattern, place, keys))
     if padding is not None and not all_seen(padding[:, :keys]):
         parts.append(DenseMask(padding[:, None, None, :keys]))
-    # With fewer queries than keys models differ in what they take None for.
-    whole = place.seq_q == place.seq_kv if pattern.causal else True
+    # With fewer queries than keys implementations differ in what they take None for.
+    whole = not pattern.causal or place.seq_q == 1 or place.seq_q == place.seq_kv
     if whole and keys == place.seq_kv and len(parts) <= aligned * pattern.causal:
         return None
     shape = (place.batch, 1, place.seq_q, place.seq_kv)
