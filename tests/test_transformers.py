@@ -154,7 +154,7 @@ def test_masks_of_the_caller(name, dtype):
     torch.testing.assert_close(ours, eager, **FP32)
 
 
-COMPILED = [("mistral", None), ("gemma2", "left"), ("gpt_oss", "left"), ("t5", "left")]
+COMPILED = [("gpt_oss", None), ("gemma2", "left"), ("t5", "left")]
 
 
 @pytest.mark.parametrize(("name", "side"), COMPILED)

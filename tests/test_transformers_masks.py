@@ -201,6 +201,34 @@ def test_a_decoder_that_is_not_causal():
     torch.testing.assert_close(ours, expected, atol=3e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["Bloom", "XGLM", "CodeGen"])
+@torch.no_grad()
+def test_models_that_compute_attention_themselves(kind, caplog):
+    """They add the mask to their scores, and to them None means that all keys are seen."""
+    import transformers as hf
+
+    sizes = dict(
+        Bloom=dict(hidden_size=32, n_layer=2, n_head=4),
+        XGLM=dict(
+            d_model=32, ffn_dim=48, num_layers=2, attention_heads=4, max_position_embeddings=64, dropout=0.0
+        ),
+        CodeGen=dict(n_embd=32, n_layer=2, n_head=4, rotary_dim=4, bos_token_id=1, eos_token_id=2),
+    )[kind]
+    config = getattr(hf, f"{kind}Config")(vocab_size=models.VOCAB, **sizes)
+    integration._ASKS.clear()
+    integration.log_once.__globals__["_logged"].clear()
+    results = []
+    for attention in ("eager", "fae"):
+        torch.manual_seed(0)
+        model = hf.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+        results += [
+            model(models.tokens(), attention_mask=models.padding(side)).logits for side in (None, "left")
+        ]
+    for eager, ours in zip(results[:2], results[2:], strict=True):
+        assert torch.equal(eager, ours)
+    assert f"models of {kind}Config compute attention themselves" in caplog.text
+
+
 def test_compact_masks_are_tensors_where_they_must():
     mask = CompactMask(CausalMask() & WindowMask(2, None), (2, 1, 3, 6), 5, "cpu")
     dense = mask.dense()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers import masking_utils as hf
     from transformers.utils.import_utils import is_tracing
 
@@ -18,6 +20,7 @@ except ImportError as error:
         f"flash_attn_ext.integrations.transformers needs transformers 5 (pip install transformers): {error}"
     ) from error
 
+from ..dispatch import log_once
 from ..functional import flash_attention
 from ..masks import DenseMask
 
@@ -183,20 +186,23 @@ def attention_mask(
     Returns:
         None, or bool (batch_size, 1, q_length, kv_length), or a `CompactMask` of that shape. The tensor is of
         stride 0 over the queries where only padding is hidden, and dense where q_length is 1, for a function
-        that is not known, and where the model forbids None and so will compute with its mask.
+        that is not known, and where the model forbids None and so will compute with its mask. Models whose
+        layers do not ask for attention by name compute it themselves: they get the mask of "eager".
     """
     if isinstance(attention_mask, CompactMask):
         return attention_mask
     pattern = None if use_vmap else read(mask_function)
+    takes_ours = "config" not in kwargs or _asks_for_attention(type(kwargs["config"]))
 
     def dense() -> Tensor:
-        return hf.sdpa_mask(
+        kind = hf.sdpa_mask if takes_ours else hf.eager_mask
+        return kind(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
             kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
             allow_is_causal_skip=False, use_vmap=use_vmap, device=device, **kwargs,
         )  # fmt: skip
 
-    if pattern is None or (attention_mask is not None and attention_mask.dim() != 2):
+    if pattern is None or not takes_ours or (attention_mask is not None and attention_mask.dim() != 2):
         return dense()
     may_skip = allow_is_causal_skip
     if not pattern.causal:  # a decoder told not to be causal has layers that would take None for causal
@@ -230,3 +236,29 @@ def _padding(attention_mask: Tensor, kv_length: int, kv_offset: int) -> Tensor:
     if missing > 0:
         attention_mask = torch.nn.functional.pad(attention_mask, (0, missing))
     return attention_mask[:, kv_offset : kv_offset + kv_length]
+
+
+_ASKS: dict[type, bool] = {}
+
+
+@torch.compiler.assume_constant_result
+def _asks_for_attention(config: type) -> bool:
+    """Whether models of such a config ask for attention by name, as transformers tells by their source.
+
+    Some do not, and would add a mask of ours to their scores, or take None for no mask at all.
+    """
+    if config not in _ASKS:
+        prefix = config.__module__.rpartition(".")[0] + ".modeling_"
+        _ASKS[config] = all(
+            getattr(found, "_can_set_attn_implementation", lambda: True)()
+            for name, module in list(sys.modules.items())
+            if name.startswith(prefix)
+            for found in list(vars(module).values())
+            if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.__module__ == name
+        )
+        if not _ASKS[config]:
+            log_once(
+                logging.WARNING,
+                f"models of {config.__name__} compute attention themselves: it is transformers' own there",
+            )
+    return _ASKS[config]
