@@ -204,14 +204,12 @@ class Place:
         return torch.arange(count, device=self.device)[None] + self.kv_offset
 
 
-def of_pattern(
-    pattern: Pattern, place: Place, padding: Tensor | None, all_seen: Callable
-) -> CompactMask | None:
+def of_pattern(pattern: Pattern, place: Place, padding: Tensor | None, traced: bool) -> CompactMask | None:
     """The mask of a pattern; None where every query sees all keys up to its own place, or all if not causal.
 
     Args:
         padding: bool (batch, seq_kv), True = may attend, or None.
-        all_seen: whether a bool tensor is known to be True everywhere.
+        traced: values cannot be asked for, and no sizes be compared: the mask is to be right for others, too.
     """
     keys, parts = place.seq_kv, []
     aligned = False  # whether the last query stands at the last key, as causal and windows of ours have it
@@ -220,13 +218,13 @@ def of_pattern(
         if pattern.causal and after <= place.seq_kv:
             keys = after
         aligned = after == keys
-    if pattern.causal or _window_hides(pattern, place, keys):
-        parts += _band(pattern, place, keys, aligned)
+    if pattern.causal or _window_hides(pattern, place, keys, traced):
+        parts += _band(pattern, place, keys, aligned, traced)
     if pattern.documents is not None:
         parts.append(DocumentMask(pattern.documents))
-    if pattern.chunk is not None and _chunk_hides(pattern, place, all_seen):
+    if pattern.chunk is not None and _chunk_hides(pattern, place, traced):
         parts.append(_chunks(pattern, place, keys))
-    if padding is not None and not all_seen(padding[:, :keys]):
+    if padding is not None and (traced or not bool(padding[:, :keys].all())):
         parts.append(DenseMask(padding[:, None, None, :keys]))
     # With fewer queries than keys implementations differ in what they take None for.
     whole = not pattern.causal or place.seq_q == 1 or place.seq_q == place.seq_kv
@@ -239,9 +237,9 @@ def of_pattern(
     return CompactMask(seen, shape, keys, place.device)
 
 
-def _window_hides(pattern: Pattern, place: Place, keys: int) -> bool:
+def _window_hides(pattern: Pattern, place: Place, keys: int, traced: bool) -> bool:
     """False where no key is known to stand outside of the window."""
-    if pattern.window is None or not place.known:
+    if pattern.window is None or traced or not place.known:
         return pattern.window is not None
     first = place.q_offset - place.kv_offset
     if pattern.causal:
@@ -249,9 +247,9 @@ def _window_hides(pattern: Pattern, place: Place, keys: int) -> bool:
     return first + place.seq_q - 1 > pattern.window or keys - 1 - first > pattern.window
 
 
-def _band(pattern: Pattern, place: Place, keys: int, aligned: bool) -> list[Mask]:
+def _band(pattern: Pattern, place: Place, keys: int, aligned: bool, traced: bool) -> list[Mask]:
     """Causal and window."""
-    window = pattern.window if _window_hides(pattern, place, keys) else None
+    window = pattern.window if _window_hides(pattern, place, keys, traced) else None
     if aligned and pattern.causal:
         return [CausalMask()] + ([] if window is None else [WindowMask(window - 1, None)])
     if aligned:
@@ -263,11 +261,11 @@ def _band(pattern: Pattern, place: Place, keys: int, aligned: bool) -> list[Mask
     return [PositionMask(place.queries(), position, high)]
 
 
-def _chunk_hides(pattern: Pattern, place: Place, all_seen: Callable) -> bool:
+def _chunk_hides(pattern: Pattern, place: Place, traced: bool) -> bool:
     """False where all positions are known to be of one chunk."""
-    if pattern.positions is not None or not place.known:
+    if pattern.positions is not None or traced or not place.known:
         return True
-    return place.q_offset + place.seq_q > pattern.chunk or not all_seen(pattern.left_padding == 0)
+    return place.q_offset + place.seq_q > pattern.chunk or bool(pattern.left_padding.any())
 
 
 def _chunks(pattern: Pattern, place: Place, keys: int) -> Mask:

@@ -34,8 +34,8 @@ def register(name: str = "fae") -> str:
     Causal masks, sliding windows, chunks, packed sequences and padding are never made dense; other mask
     functions become bool tensors, and 4-D masks given by the caller stay what they are, as with "sdpa".
     Softcap (Gemma 2), sinks (GPT-OSS), T5's position bias with its gradient, dropout, static caches and
-    `torch.compile(fullgraph=True)` work. Rows of padding, which see nothing, are 0. The weights cannot be
-    had: `output_attentions=True` gives None for them, or an error where a model passes it on.
+    `torch.compile(fullgraph=True)` work. Rows of padding, which see nothing, are 0. `output_attentions=True`
+    raises: the weights never exist as a whole.
 
     Args:
         name: any, but for what transformers reads something else into: "flash", "sdpa", "flex_attention",
@@ -216,7 +216,7 @@ def attention_mask(
         q_offset = int(q_offset)
     padding = None if attention_mask is None else _padding(attention_mask.bool(), kv_length, kv_offset)
     place = Place(batch_size, q_length, kv_length, q_offset, kv_offset, device)
-    compact = of_pattern(pattern, place, padding, lambda t: not traced and bool(t.all()))
+    compact = of_pattern(pattern, place, padding, traced)
     if compact is None and may_skip:
         return None
     if q_length == 1:
