@@ -76,9 +76,9 @@ def generate(model, attention: str, prompt: torch.Tensor, new_tokens: int) -> Ge
         )  # fmt: skip
 
     run(prompt[:, :8], 2)  # what is made on first use is not the model's
-    start = time.perf_counter()
     peak, result = memory.peak_growth(lambda: run(prompt, new_tokens, clock))
-    first, last = clock.times[1], clock.times[-1]  # before them comes the prompt
+    start, first, *_ = clock.times  # the prompt, the first token
+    last = clock.times[-1]
     return Generated(
         tokens=result.sequences[0, prompt.shape[1] :],
         logits=torch.cat(result.logits).float(),
@@ -103,9 +103,7 @@ def generation_table(results: dict[str, Generated], dtype: str) -> Table:
     eager = next(iter(results.values()))
     for name, result in results.items():
         same = same_tokens(result, eager)
-        alike = slice(
-            0, same + 1
-        )  # the logits of the first other token still have the same tokens before them
+        alike = slice(0, same + 1)  # the first other token has the same tokens before it
         difference = (result.logits[alike] - eager.logits[alike]).abs().max().item()
         largest = eager.logits[alike].abs().max().item()
         assert difference <= LOGITS_TOLERANCE[dtype] * largest, f"{name}: logits differ by {difference}"

@@ -27,7 +27,7 @@ def measure(
 ) -> tuple[Point, torch.Tensor | None]:
     """Time and peak memory beyond the result of a call that is expected to take so long, and its result."""
     if expected_s > limit_s:
-        return Point(why=f"about {expected_s:.0f} s"), None
+        return Point(why=f"about {expected_s:.{0 if expected_s > 10 else 1}f} s"), None
     start = time.perf_counter()
     growth, out = memory.peak_growth(call)
     seconds = time.perf_counter() - start
