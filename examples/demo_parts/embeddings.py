@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -19,7 +18,6 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.timing import best_of
-from flash_attn_ext import use_flash_attention
 
 from .sentences import SENTENCES
 
@@ -62,17 +60,14 @@ def embed(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def encoders(batch: dict[str, torch.Tensor]) -> dict[str, Callable[[], torch.Tensor]]:
     """The same embedding by each implementation, ready to call."""
-    eager, sdpa = load("eager"), load("sdpa")
+    from flash_attn_ext.integrations.transformers import register
 
-    def run(model, context: Callable) -> torch.Tensor:
-        with torch.inference_mode(), context():
-            return embed(model, batch)
+    implementations = {"transformers eager": "eager", "torch SDPA": "sdpa", "flash_attn_ext": register()}
 
-    return {
-        "transformers eager": lambda: run(eager, nullcontext),
-        "torch SDPA": lambda: run(sdpa, nullcontext),
-        "flash_attn_ext": lambda: run(sdpa, lambda: use_flash_attention(strict=True)),
-    }
+    def method(model) -> Callable[[], torch.Tensor]:
+        return torch.inference_mode()(lambda: embed(model, batch))
+
+    return {title: method(load(attention)) for title, attention in implementations.items()}
 
 
 def similarity_table(similarity: torch.Tensor) -> Table:

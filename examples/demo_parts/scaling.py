@@ -81,20 +81,20 @@ def measure(seq: int, dtype: str) -> dict[str, Point]:
     return points
 
 
-def _time(point: Point) -> str:
+def time_text(point: Point) -> str:
     if point.seconds is None:
         return point.why
     milliseconds = point.seconds * 1e3
     return f"{milliseconds:.2f} ms" if milliseconds < 100 else f"{milliseconds:.0f} ms"
 
 
-def _mebibytes(point: Point) -> str:
+def mebibytes_text(point: Point) -> str:
     if point.extra_bytes is None:
         return "-"
     return f"{point.extra_bytes / 2**20:.1f}"
 
 
-def _times(slow: float | None, fast: float | None) -> str:
+def ratio_text(slow: float | None, fast: float | None) -> str:
     """How many times larger the first is; nothing where the second is too small to divide by."""
     if slow is None or not fast:
         return "-"
@@ -117,9 +117,10 @@ def scaling_table(dtype: str, rows: dict[int, dict[str, Point]]) -> Table:
     for seq, points in rows.items():
         standard, theirs, ours = (points[method] for method in METHODS)
         table.add_row(
-            str(seq), *map(_time, (standard, theirs, ours)),
-            _times(standard.seconds, ours.seconds), _times(theirs.seconds, ours.seconds),
-            *map(_mebibytes, (standard, theirs, ours)), _times(standard.extra_bytes, ours.extra_bytes),
+            str(seq), *map(time_text, (standard, theirs, ours)),
+            ratio_text(standard.seconds, ours.seconds), ratio_text(theirs.seconds, ours.seconds),
+            *map(mebibytes_text, (standard, theirs, ours)),
+            ratio_text(standard.extra_bytes, ours.extra_bytes),
         )  # fmt: skip
     return table
 
