@@ -22,7 +22,7 @@ PY := $(ENV)/bin/python
 STAMPS := $(ENV)/.flash_attn_ext
 CXX_SOURCES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
 
-.PHONY: setup build demo test bench test-abi test-aarch64 test-sanitize lint format clean
+.PHONY: setup build demo test bench docs test-abi test-aarch64 test-sanitize lint format clean
 .DEFAULT_GOAL := setup
 
 $(PY):
@@ -64,6 +64,11 @@ test: setup
 
 bench: setup
 	$(PY) -m benchmarks $(BENCH_ARGS)
+
+# The guide, as pages in build/docs.
+docs: setup
+	$(PY) -m pip install $(PIP_FLAGS) -r requirements-docs.txt
+	$(PY) -m mkdocs build --quiet
 
 # One binary, built against the oldest supported torch, passes the tests under it and under this one.
 test-abi: $(STAMPS)/dev

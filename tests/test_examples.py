@@ -31,7 +31,16 @@ FEW_REQUESTS = shlex.split("--requests 9 --pages 8 --width 32 --most-tokens 12 -
         (["decode_paged.py", *FEW_REQUESTS], "the tokens are the same"),
         (["benchmark_flash_attention.py", "--max", "128"], "plot:"),
     ],
-    ids="quickstart swap_sdpa demo embeddings train_gpt hf_generate decode_paged benchmark".split(),
+    ids=[
+        "quickstart",
+        "swap_sdpa",
+        "demo",
+        "embeddings",
+        "train_gpt",
+        "hf_generate",
+        "decode_paged",
+        "benchmark",
+    ],
 )
 def test_example(command, expected, tmp_path):
     script, *arguments = command

@@ -10,6 +10,10 @@
 #include <new>
 #include <utility>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace fae::testing {
 
 // `count` elements between two inaccessible pages: reading or writing one byte past the
@@ -26,6 +30,10 @@ class Guarded {
     base_ = static_cast<std::byte*>(
         mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     if (base_ == MAP_FAILED) throw std::bad_alloc();
+#ifdef __SANITIZE_ADDRESS__
+    // A thread's stack may have been here, whose marks outlive its unmapping.
+    __asan_unpoison_memory_region(base_, mapped_);
+#endif
     mprotect(base_, page, PROT_NONE);
     mprotect(base_ + page + bytes, page, PROT_NONE);
     memset(base_ + page, 0xff, bytes);
