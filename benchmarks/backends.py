@@ -42,6 +42,11 @@ class Formulation:
         out = self.forward(*leaves)
         return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
+    def forward_and_backward(self, dout: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+        """Each call of the result is a forward and a backward pass."""
+        leaves = tuple(t.detach().requires_grad_() for t in self.inputs)
+        return lambda: torch.autograd.grad(self.forward(*leaves), leaves, dout)
+
 
 def seeded(case_name: str) -> torch.Generator:
     """A generator that depends on the case alone, not on what ran before it."""

@@ -8,14 +8,17 @@ import torch
 
 from .timing import best_of
 
-GEMM_SIZES = (1024, 2048)
+GEMM_SIZES = (512, 1024, 2048)
 READ_BYTES = 256 << 20  # far beyond any cache
 
 
 def gemm_rate(dtype: torch.dtype, budget_s: float) -> float:
-    """FLOP/s of torch's matrix product of `dtype`, the best over a few square sizes."""
-    rates = []
+    """FLOP/s of torch's matrix product of `dtype`, the best over a few square sizes. Large ones are left out
+    where they would take longer than the budget, as half types do on processors without instructions."""
+    rates: list[float] = []
     for n in GEMM_SIZES:
+        if rates and 2.0 * n**3 / max(rates) > budget_s:
+            break
         a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
         out = torch.empty(n, n, dtype=dtype)
         seconds = best_of([lambda a=a, b=b, out=out: torch.mm(a, b, out=out)], budget_s / len(GEMM_SIZES))[0]

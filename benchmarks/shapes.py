@@ -72,7 +72,7 @@ class Case:
         parts += ["varlen"] * self.packed
         parts += [f"dropout {self.dropout:g}"] if self.dropout else []
         parts += ["sinks"] * self.sinks
-        parts += ["bwd"] * self.backward
+        parts += ["fwd+bwd" if self.dropout else "bwd"] * self.backward
         return " ".join(parts)
 
     def kv_lengths(self) -> list[int] | None:
@@ -103,6 +103,8 @@ class Case:
     def flops(self) -> float:
         """Matrix-product FLOPs of the visible pairs."""
         forward = 2.0 * self.heads * self.visible_pairs() * (self.dim + self.value_dim)
+        if self.dropout and self.backward:  # both are timed, as what one costs the other may save
+            return forward * (1.0 + BACKWARD_FLOPS_FACTOR)
         return forward * (BACKWARD_FLOPS_FACTOR if self.backward else 1.0)
 
     def key_bytes(self) -> float:
@@ -221,7 +223,7 @@ def _decode() -> list[Case]:
 
 def _features() -> list[Case]:
     dropout = [
-        Case(f"dropout {'with' if backward else 'before'} backward", 2, 8, s, 64, dtype, causal=causal,
+        Case(f"dropout {'with backward' if backward else 'forward'}", 2, 8, s, 64, dtype, causal=causal,
              dropout=0.1, backward=backward, goal_ratio=2 if backward else 5)
         for backward in (False, True)
         for dtype in ("float32", "bfloat16")

@@ -68,11 +68,17 @@ def verified(case: Case) -> tuple[Problem, Formulation, list[Formulation]]:
     return problem, ours, theirs
 
 
+def _timed(case: Case, side: Formulation, problem: Problem) -> Callable[[], object]:
+    if not case.backward:
+        return side.run_forward
+    return side.forward_and_backward(problem.dout) if case.dropout else side.backward_only(problem.dout)
+
+
 def run_case(case: Case, budget_s: float) -> dict:
     """Verifies, then times one case; raises ValueError when a result is wrong."""
     problem, ours, theirs = verified(case)
     sides = (ours, *theirs)
-    timed = [f.backward_only(problem.dout) if case.backward else f.run_forward for f in sides]
+    timed = [_timed(case, side, problem) for side in sides]
     with torch.set_grad_enabled(case.backward):
         best = 1 + fastest(timed[1:], budget_s / 4)
         duel = [0, best]

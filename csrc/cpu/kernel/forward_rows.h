@@ -36,7 +36,7 @@ class ForwardRows {
     sum_ = arena_.take<Real>(slots * plan.block_q);
     scratch_ = arena_.take<Real>(plan.block_kv);
     if (p_.dropout.present()) {
-      keep_ = arena_.take<Real>(DropoutRow::room(plan.block_kv));
+      keep_ = arena_.take<Real>(DropoutRow<typename V::Words>::room(plan.block_kv));
       if (base) dropout_key_ = p_.dropout.key();
     }
     if (p_.cache.pages.present()) {
@@ -113,7 +113,8 @@ class ForwardRows {
   // The sum of probabilities is taken before; what is kept is scaled with it.
   template <class T>
   void drop(const RowRef& ref, int64_t k_begin, int64_t keys, T* probabilities) {
-    DropoutRow(p_.dropout, dropout_key_).factors(b_, ref.head, ref.query, k_begin, keys, keep_);
+    DropoutRow<typename V::Words>(p_.dropout, dropout_key_)
+        .factors(b_, ref.head, ref.query, k_begin, keys, keep_);
     for (int64_t j = 0; j < keys; ++j) probabilities[j] = keep_[j] != 0 ? probabilities[j] : T{};
   }
 

@@ -107,7 +107,7 @@ class ScoreGrad {
     scratch_ = arena_.take<Real>(plan.block_kv);
     if (p_.score.softcap > 0) slope_ = arena_.take<Real>(kRows * plan.block_kv);
     if (p_.dropout.present()) {
-      keep_ = arena_.take<Real>(DropoutRow::room(plan.block_kv));
+      keep_ = arena_.take<Real>(DropoutRow<typename V::Words>::room(plan.block_kv));
       if (base) dropout_key_ = p_.dropout.key();
     }
   }
@@ -233,7 +233,7 @@ class ScoreGrad {
       const int64_t r = row + i;
       const RowRef at = ref(row_begin_ + r);
       if (keep_) {
-        DropoutRow(p_.dropout, dropout_key_)
+        DropoutRow<typename V::Words>(p_.dropout, dropout_key_)
             .factors(b_, at.head, at.query, k_begin_ + range->first, range->columns, keep_);
       }
       const Real sum = score_gradient_row<P>(

@@ -17,6 +17,12 @@
 //   exp2(x)                 2^x for x <= 127; 0 for -inf, NaN for NaN, 1 for 0
 //   reduce_max(r) reduce_add(r)
 //   transpose(r)            kWidth x kWidth block held in r[kWidth], in place
+//   Words                   vectors of unsigned 64-bit lanes, for random numbers, with these members:
+//
+//   Reg, kWidth, set1(x) load(p) store(p, r) bit_xor(a, b)
+//   mul_low(a, b)           the 64-bit products of the low halves
+//   high(a)                 the high halves, as low ones
+//   pair_low(a, b)          a's low halves below b's
 #pragma once
 
 #include "core/dtype.h"

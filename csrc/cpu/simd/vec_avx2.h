@@ -13,8 +13,25 @@ inline const int32_t* first_lanes_32(int n) {
   return window + 8 - n;
 }
 
+struct U64 {
+  using Reg = __m256i;
+  static constexpr int kWidth = 4;
+  static FAE_INLINE Reg set1(uint64_t x) { return _mm256_set1_epi64x(int64_t(x)); }
+  static FAE_INLINE Reg load(const uint64_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static FAE_INLINE void store(uint64_t* p, Reg r) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), r); }
+  static FAE_INLINE Reg mul_low(Reg a, Reg b) { return _mm256_mul_epu32(a, b); }
+  static FAE_INLINE Reg high(Reg a) { return _mm256_srli_epi64(a, 32); }
+  static FAE_INLINE Reg bit_xor(Reg a, Reg b) { return _mm256_xor_si256(a, b); }
+  static FAE_INLINE Reg pair_low(Reg a, Reg b) {
+    return _mm256_blend_epi32(a, _mm256_slli_epi64(b, 32), 0xaa);
+  }
+};
+
 struct F32 {
   using Elem = float;
+  using Words = U64;
   using Reg = __m256;
   using Mask = __m256;
   static constexpr int kWidth = 8;
@@ -139,6 +156,7 @@ struct F32 {
 
 struct F64 {
   using Elem = double;
+  using Words = U64;
   using Reg = __m256d;
   using Mask = __m256d;
   static constexpr int kWidth = 4;

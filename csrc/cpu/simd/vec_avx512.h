@@ -7,8 +7,23 @@
 
 namespace fae::cpu::FAE_ISA_NAMESPACE {
 
+struct U64 {
+  using Reg = __m512i;
+  static constexpr int kWidth = 8;
+  static FAE_INLINE Reg set1(uint64_t x) { return _mm512_set1_epi64(int64_t(x)); }
+  static FAE_INLINE Reg load(const uint64_t* p) { return _mm512_loadu_si512(p); }
+  static FAE_INLINE void store(uint64_t* p, Reg r) { _mm512_storeu_si512(p, r); }
+  static FAE_INLINE Reg mul_low(Reg a, Reg b) { return _mm512_mul_epu32(a, b); }
+  static FAE_INLINE Reg high(Reg a) { return _mm512_srli_epi64(a, 32); }
+  static FAE_INLINE Reg bit_xor(Reg a, Reg b) { return _mm512_xor_si512(a, b); }
+  static FAE_INLINE Reg pair_low(Reg a, Reg b) {
+    return _mm512_mask_blend_epi32(0xaaaa, a, _mm512_slli_epi64(b, 32));
+  }
+};
+
 struct F32 {
   using Elem = float;
+  using Words = U64;
   using Reg = __m512;
   using Mask = __mmask16;
   static constexpr int kWidth = 16;
@@ -116,6 +131,7 @@ struct F32 {
 
 struct F64 {
   using Elem = double;
+  using Words = U64;
   using Reg = __m512d;
   using Mask = __mmask8;
   static constexpr int kWidth = 8;

@@ -7,8 +7,21 @@
 
 namespace fae::cpu::FAE_ISA_NAMESPACE {
 
+struct U64 {
+  using Reg = uint64x2_t;
+  static constexpr int kWidth = 2;
+  static FAE_INLINE Reg set1(uint64_t x) { return vdupq_n_u64(x); }
+  static FAE_INLINE Reg load(const uint64_t* p) { return vld1q_u64(p); }
+  static FAE_INLINE void store(uint64_t* p, Reg r) { vst1q_u64(p, r); }
+  static FAE_INLINE Reg mul_low(Reg a, Reg b) { return vmull_u32(vmovn_u64(a), vmovn_u64(b)); }
+  static FAE_INLINE Reg high(Reg a) { return vshrq_n_u64(a, 32); }
+  static FAE_INLINE Reg bit_xor(Reg a, Reg b) { return veorq_u64(a, b); }
+  static FAE_INLINE Reg pair_low(Reg a, Reg b) { return vsliq_n_u64(a, b, 32); }
+};
+
 struct F32 {
   using Elem = float;
+  using Words = U64;
   using Reg = float32x4_t;
   using Mask = uint32x4_t;
   static constexpr int kWidth = 4;
@@ -111,6 +124,7 @@ struct F32 {
 
 struct F64 {
   using Elem = double;
+  using Words = U64;
   using Reg = float64x2_t;
   using Mask = uint64x2_t;
   static constexpr int kWidth = 2;

@@ -5,9 +5,22 @@
 
 namespace fae::cpu::FAE_ISA_NAMESPACE {
 
+struct U64 {
+  using Reg = uint64_t;
+  static constexpr int kWidth = 1;
+  static FAE_INLINE Reg set1(uint64_t x) { return x; }
+  static FAE_INLINE Reg load(const uint64_t* p) { return *p; }
+  static FAE_INLINE void store(uint64_t* p, Reg r) { *p = r; }
+  static FAE_INLINE Reg mul_low(Reg a, Reg b) { return uint64_t(uint32_t(a)) * uint32_t(b); }
+  static FAE_INLINE Reg high(Reg a) { return a >> 32; }
+  static FAE_INLINE Reg bit_xor(Reg a, Reg b) { return a ^ b; }
+  static FAE_INLINE Reg pair_low(Reg a, Reg b) { return uint32_t(a) | b << 32; }
+};
+
 template <class Real, int kLanes>
 struct ArrayVec {
   using Elem = Real;
+  using Words = U64;
   static constexpr int kWidth = kLanes;
   static constexpr int kTileRows = 4;
   static constexpr int kTileVecs = 2;
