@@ -134,7 +134,7 @@ def _plain(call: CacheCall, attention: Callable) -> tuple[Tensor, Tensor]:
 def _append(call: CacheCall, entry: _Entry) -> None:
     k, v, n = call.k[entry.index], call.v[entry.index], call.k.shape[1]
     if call.rotary_cos is not None:
-        angles = slice(entry.filled - entry.first, entry.filled - entry.first + n)
+        angles = slice(entry.filled, entry.filled + n)
         k = rotate(k, call.rotary_cos[angles], call.rotary_sin[angles], call.rotary_interleaved)
     for cache, new in ((call.k_cache, k), (call.v_cache, v)):
         cache[entry.rows(cache, entry.filled, entry.filled + n)] = new
@@ -143,7 +143,7 @@ def _append(call: CacheCall, entry: _Entry) -> None:
 def _turned_queries(call: CacheCall, entry: _Entry, q: Tensor) -> Tensor:
     if call.rotary_cos is None:
         return q
-    begin = entry.filled - entry.first
+    begin = entry.filled
     moving = call.causal != 0 or call.window_left >= 0 or call.window_right >= 0
     angles = slice(begin, begin + (len(q) if moving else 1))
     cos, sin = (t[angles].expand(len(q), -1) for t in (call.rotary_cos, call.rotary_sin))

@@ -58,7 +58,7 @@ def flash_attention_with_kvcache(
             Of sequences that share an entry the last one's k and v stay.
         cache_leftpad: (batch,) int32 or int64: so many places at the begin of an entry hold no key.
         rotary_cos, rotary_sin: (positions, rotary_dim / 2), floating: turn the first rotary_dim elements
-            of k, at position cache_lengths - cache_leftpad + i, and of q, at the same (where the call is
+            of k, at position cache_lengths + i, and of q, at the same (where the call is
             neither causal nor has a window, every query at i = 0). rotary_dim <= dim. Needs k and v.
         rotary_interleaved: pairs are elements (0, 1), (2, 3), ... (GPT-J), instead of
             (0, rotary_dim / 2), ... (GPT-NeoX, Llama).

@@ -141,7 +141,7 @@ def queries(call: CacheCall, b: int) -> Tensor:
     if "rotary_cos" not in a:
         return q
     moving = a["causal"] is not False or any(w is not None for w in a.get("window", ()))
-    first = call.lengths[b] - call.pads[b]
+    first = call.lengths[b]
     positions = [first + (i if moving else 0) for i in range(len(q))]
     turned = rotated(q, a["rotary_cos"], a["rotary_sin"], positions, a["rotary_interleaved"])
     return turned.to(q.dtype)

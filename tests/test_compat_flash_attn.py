@@ -194,13 +194,19 @@ def test_packed_keys_used_in_part(leftpad, used):
         **{name: value and torch.tensor(value, dtype=torch.int32) for name, value in given.items()},
     )  # fmt: skip
     for b in range(2):
+        end = int(cu_k[b]) + used[b] if used else int(cu_k[b + 1])
         first = int(cu_k[b]) + (leftpad[b] if leftpad else 0)
-        end = first + used[b] if used else int(cu_k[b + 1])
         rows = slice(int(cu_q[b]), int(cu_q[b + 1]))
         tensors = (q[None, rows], k[None, first:end], v[None, first:end])
         want, want_lse = fae.flash_attention(*tensors, causal=True, return_lse=True)
         torch.testing.assert_close(out[rows], want[0])
         torch.testing.assert_close(lse[:, rows], want_lse[0])
+
+
+def test_a_window_may_be_a_tensor():
+    q, k, v = tensors()
+    got = flash_attn_func(q, k, v, window_size=torch.tensor([3, 1]))
+    assert torch.equal(got, flash_attn_func(q, k, v, window_size=(3, 1)))
 
 
 def test_kvcache():

@@ -279,9 +279,9 @@ std::optional<CallError> check_values(const CacheCallDesc& call) {
     if (call.rotates()) {
       const bool moving = call.causal != Causal::kNone || call.window_left >= 0 || call.window_right >= 0;
       const int64_t queries = moving ? call.q.shape[1] : 1, most = added > queries ? added : queries;
-      if (length - pad + most > call.rotary_cos.shape[0]) {
+      if (length + most > call.rotary_cos.shape[0]) {
         return value_error(quoted({"rotary_cos", &call.rotary_cos}) + ", but sequence " + text(b) +
-                           " has positions up to " + text(length - pad + most - 1));
+                           " has positions up to " + text(length + most - 1));
       }
     }
   }

@@ -66,7 +66,7 @@ void append(const Problem& p, const View4& k, const View4& v, const Rotary& rota
         const Row value{p.v.data, p.key_offset(p.v, sequence, head, filled + i), p.v.stride[3]};
         with_storage(p.dtype, [&](auto storage) {
           using S = decltype(storage);
-          if (rotary.present()) rotate_row<S>(row_of(k, b, head, i), key, p.dim, rotary, filled + i);
+          if (rotary.present()) rotate_row<S>(row_of(k, b, head, i), key, p.dim, rotary, cache.filled(b) + i);
           else copy_row<S>(row_of(k, b, head, i), key, 0, p.dim);
           copy_row<S>(row_of(v, b, head, i), value, 0, p.dim_v);
         });
@@ -79,7 +79,7 @@ void rotate_queries(const Problem& p, const View4& out, const Rotary& rotary, bo
                     const Executor& executor) {
   for_each_task(executor, p.batch * p.heads_q, [&](int, int64_t task) {
     const int64_t b = task / p.heads_q, head = task % p.heads_q;
-    const int64_t first = p.cache.filled(b) - p.cache.first(b);
+    const int64_t first = p.cache.filled(b);
     with_storage(p.dtype, [&](auto storage) {
       for (int64_t i = 0; i < p.seq_q; ++i) {
         rotate_row<decltype(storage)>(row_of(p.q, b, head, i), row_of(out, b, head, i), p.dim, rotary,

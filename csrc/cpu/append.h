@@ -25,7 +25,7 @@ void append(const Problem& problem, const View4& k, const View4& v, const Rotary
             const Executor& executor);
 
 // Writes q, turned, to `out`, (batch, heads_q, seq_q, dim) as it is; query i of a sequence stands at what is
-// filled of its cache, and with `moving` i further.
+// filled of its cache, left padding included, and with `moving` i further.
 void rotate_queries(const Problem& problem, const View4& out, const Rotary& rotary, bool moving,
                     const Executor& executor);
 

@@ -25,8 +25,8 @@ def varlen(
     """(out, softmax_lse), without gradients.
 
     q: (total_q, heads_q, dim). k, v: (pages, page_size, heads, dim) with block_table (batch, n), else
-    (total_k, heads, dim). The keys of sequence b begin leftpad_k[b] behind its start; there are seqused_k[b]
-    of them, or all up to its end. scores: scale, causal, window, softcap, alibi_slopes and sinks.
+    (total_k, heads, dim). The keys of sequence b begin leftpad_k[b] behind its start, and end seqused_k[b]
+    behind it, or where it does. scores: scale, causal, window, softcap, alibi_slopes and sinks.
     """
     starts = cu_seqlens_k[:-1]
     batch_idx = None
@@ -37,10 +37,10 @@ def varlen(
         ends, first = cu_seqlens_k[1:], starts
     else:
         ends, first = cu_seqlens_k.diff(), torch.zeros_like(starts)
-    if leftpad_k is not None:
-        first = first + leftpad_k
     if seqused_k is not None:
         ends = first + seqused_k
+    if leftpad_k is not None:
+        first = first + leftpad_k
     left, right = window_bounds(scores["window"])
     return attend(
         CacheCall(

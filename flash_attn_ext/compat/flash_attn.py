@@ -48,6 +48,11 @@ __all__ = [
 Result = Tensor | tuple[Tensor, Tensor, Tensor]
 
 
+def _pair(window_size: tuple[int, int] | Tensor) -> tuple[int, int]:
+    """flash_attn takes any two integers, of a tensor too."""
+    return tuple(window_size.tolist()) if isinstance(window_size, Tensor) else window_size
+
+
 def _attend(
     attention: Callable,
     q: Tensor,
@@ -100,7 +105,7 @@ def flash_attn_func(
     scores = {
         "scale": softmax_scale,
         "causal": causal,
-        "window": window_size,
+        "window": _pair(window_size),
         "softcap": softcap,
         "alibi_slopes": alibi_slopes,
         "sinks": sinks,
@@ -154,7 +159,7 @@ def flash_attn_varlen_func(
     scores = {
         "scale": softmax_scale,
         "causal": causal,
-        "window": window_size,
+        "window": _pair(window_size),
         "softcap": softcap,
         "alibi_slopes": alibi_slopes,
         "sinks": sinks,
@@ -239,7 +244,7 @@ def flash_attn_with_kvcache(
         rotary_sin=rotary_sin,
         rotary_interleaved=rotary_interleaved,
         causal=causal,
-        window=window_size,
+        window=_pair(window_size),
         softcap=softcap,
         scale=softmax_scale,
         alibi_slopes=alibi_slopes,
@@ -316,9 +321,12 @@ def _flash_attn_varlen_forward(
     leftpad_k: Tensor | None = None,
     seqused_k: Tensor | None = None,
     zero_tensors: bool = False,
+    num_splits: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, softmax_lse, S_dmask, rng_state) of packed sequences; softmax_lse (heads, total_q)."""
     del zero_tensors  # what belongs to no sequence is 0 anyway
+    if num_splits > 1:
+        raise RuntimeError(f"num_splits > 1 is not supported for packed sequences, got {num_splits}")
     window = (window_size_left, window_size_right)
     scores = (softmax_scale, causal, window, softcap, alibi_slopes)
     if any(t is not None for t in (block_table, leftpad_k, seqused_k)):
