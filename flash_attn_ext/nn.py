@@ -1,4 +1,4 @@
-"""Attention as modules."""
+"""Attention as modules: `MultiheadAttention` in the place of torch's, and `Attention` from a config."""
 
 from __future__ import annotations
 

@@ -185,11 +185,33 @@ def test_compiled(backend):
         fae.set_backend("auto")
 
 
-def test_operators_are_as_torch_wants_them():
+CACHE_OPERATORS = {"attention_kvcache", "portable_kvcache"}
+
+
+def test_these_are_all_operators_on_caches():
+    names = [
+        n.partition("::")[2]
+        for n in torch._C._dispatch_get_all_op_names()
+        if n.startswith("flash_attn_ext::")
+    ]
+    assert {n for n in names if n.endswith("_kvcache")} == CACHE_OPERATORS
+
+
+@pytest.mark.parametrize("name", sorted(CACHE_OPERATORS))
+@pytest.mark.parametrize("options", ["plain", "paged", "rotary", "nothing-new"])
+def test_operators_are_as_torch_wants_them(name, options):
     q, caches = torch.randn(2, 3, 4, 8), torch.randn(2, 2, 9, 2, 8)
-    call = fae._cache_call.CacheCall(q, *caches, *torch.randn(2, 2, 1, 2, 8), torch.tensor([3, 8]))
-    for operator in (fae._cache_call.KERNEL, fae._cache_call.PORTABLE):
-        torch.library.opcheck(operator, tuple(call._replace(return_lse=True)))
+    new = torch.randn(2, 2, 1, 2, 8)
+    call = fae._cache_call.CacheCall(q, *caches, *new, torch.tensor([3, 8]), return_lse=True)
+    call = {
+        "plain": call,
+        "paged": call._replace(block_table=torch.tensor([[1], [0]], dtype=torch.int32), window_left=4),
+        "rotary": call._replace(
+            rotary_cos=torch.ones(12, 4), rotary_sin=torch.zeros(12, 4), sinks=torch.zeros(4)
+        ),
+        "nothing-new": call._replace(k=None, v=None, return_lse=False, causal=0, softcap=2.0),
+    }[options]
+    torch.library.opcheck(getattr(torch.ops.flash_attn_ext, name).default, tuple(call))
 
 
 def plain_call(**changes) -> dict:
