@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flash_attn_ext.masks import CausalMask, WindowMask
+from flash_attn_ext.masks import CausalMask, PaddingMask, WindowMask
 
 pytest.importorskip("transformers", minversion="5.0")
 
@@ -185,6 +185,11 @@ def test_a_plain_causal_mask_is_none_and_padding_a_row():
     )
     assert row.shape == (2, 1, 5, 13)
     assert row.stride(2) == 0
+    right = integration.attention_mask(
+        2, 5, 13, mask_function=both, attention_mask=padding.flip(1), allow_is_causal_skip=False
+    )
+    assert isinstance(right.seen, PaddingMask)
+    assert torch.equal(right.dense(), row.flip(3))
 
 
 def test_a_decoder_that_is_not_causal():

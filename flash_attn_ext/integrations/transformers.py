@@ -22,7 +22,7 @@ except ImportError as error:
 
 from ..dispatch import log_once
 from ..functional import flash_attention
-from ..masks import DenseMask
+from ..masks import DenseMask, PaddingMask
 
 # What transformers makes of a name: a kernel to download, a model's right to refuse, a prefix, a repository.
 _RESERVED = ("flash", "sdpa", "flex_attention", "eager", "|", "/")
@@ -185,9 +185,10 @@ def attention_mask(
 
     Returns:
         None, or bool (batch_size, 1, q_length, kv_length), or a `CompactMask` of that shape. The tensor is of
-        stride 0 over the queries where only padding is hidden, and dense where q_length is 1, for a function
-        that is not known, and where the model forbids None and so will compute with its mask. Models whose
-        layers do not ask for attention by name compute it themselves: they get the mask of "eager".
+        stride 0 over the queries where only padding is hidden that is not all on the right, and dense where
+        q_length is 1, for a function that is not known, and where the model forbids None and so will compute
+        with its mask. Models whose layers do not ask for attention by name compute it themselves: they get
+        the mask of "eager".
     """
     if isinstance(attention_mask, CompactMask):
         return attention_mask
@@ -225,8 +226,12 @@ def attention_mask(
         return dense()
     if compact is None:
         return torch.ones((), dtype=torch.bool, device=device).expand(batch_size, 1, q_length, kv_length)
-    if isinstance(compact.seen, DenseMask) and not pattern.causal:  # padding alone: a row is enough
-        return compact.seen.seen.expand(batch_size, 1, q_length, kv_length)
+    if isinstance(compact.seen, DenseMask) and not pattern.causal:  # padding alone
+        row = compact.seen.seen
+        if not traced and bool((row[..., 1:] <= row[..., :-1]).all()):  # on the right: a length is enough
+            lengths = PaddingMask(row.sum(-1).flatten().expand(batch_size))
+            return CompactMask(lengths, compact.shape, compact.keys, device)
+        return row.expand(batch_size, 1, q_length, kv_length)
     return compact
 
 
