@@ -81,6 +81,17 @@ def test_random_calls(seed, serving):
             assert torch.equal(new_k, a["k"][b])
 
 
+@pytest.mark.parametrize("seed", range(0, 48, 4))
+def test_standard_backend(seed):
+    call = draw(seed, torch.float32)
+    call.arguments.pop("batch_invariant", None)
+    fae.set_backend("standard")
+    try:
+        check(call, *attend(call))
+    finally:
+        fae.set_backend("auto")
+
+
 @pytest.mark.parametrize(
     "target", EXTENDED_TARGETS[:1] + EXTENDED_TARGETS[-1:], ids=lambda t: t.name, indirect=True
 )
