@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _load
+from ._compiling import constant_when_compiled
 from ._problem import heads_first
 
 # What `explain` and `build_info` have to say about them.
@@ -40,15 +41,6 @@ MAX_DIM = 1024
 # An A100, for tensors that are on no card: fake and meta ones. The emulator is like the smallest cards.
 A100 = Device(80, 163 << 10, 40 << 20)
 EMULATED = Device(80, 99 << 10, 32 << 20)
-
-
-def constant_when_compiled(function):
-    """Marks a function whose result a compiled graph may keep, as torch.compiler.assume_constant_result does.
-
-    That decorator imports the whole compiler to set this attribute, as long again as importing torch.
-    """
-    function._dynamo_marked_constant = True
-    return function
 
 
 class _Query(ctypes.Structure):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _cuda, _errors, autograd, dispatch, ops, portable, reference
 from ._problem import LAYOUTS, lse_dtype
@@ -22,6 +23,8 @@ def run(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`out`, or (out, lse). `call`: q, k, v and the options of the operators' family; `own`: what follows
     those in the operators' arguments."""
+    if name != "standard" and in_forward_mode():
+        _refuse_tangents(operators.family, call)
     need_lse = return_lse or needs_grad
     if out is not None:
         lse = _write(name, operators, call, need_lse, own, out, needs_grad)
@@ -37,6 +40,22 @@ def run(
     else:
         out, lse = autograd.attention(operators, *call, need_lse, *own)
     return (out, lse.to(lse_dtype(call[0]))) if return_lse else out
+
+
+def in_forward_mode() -> bool:
+    """Whether tensors may carry tangents (torch.func.jvp, torch.autograd.forward_ad)."""
+    return forward_ad._current_level >= 0
+
+
+def _refuse_tangents(family: ops.Family, call: tuple) -> None:
+    """Raises where a result would silently go without its tangent."""
+    names = ("q", "k", "v", *family.options)
+    for name, value in zip(names, call, strict=True):
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(
+                f"{name} has a tangent, but there is no forward-mode derivative (jvp); use reverse mode: "
+                "backward, torch.func.grad or vjp"
+            )
 
 
 def _write(

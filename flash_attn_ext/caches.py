@@ -21,7 +21,7 @@ class KVCache:
     Attributes:
         k: (batch, capacity, heads_kv, dim); v: (batch, capacity, heads_kv, dim_v). What lies at or past a
             length is of no meaning.
-        lengths: (batch,) int32 on the CPU for CPU tensors, else on their device.
+        lengths: (batch,) int32, on their device.
 
     Example:
         >>> cache = KVCache(2, 1024, 8, 64)
@@ -41,11 +41,8 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        sizes = {"batch": batch, "capacity": capacity, "heads_kv": heads_kv, "dim": dim}
-        _check_sizes({**sizes, "dim_v": dim if dim_v is None else dim_v})
-        place = {"dtype": dtype, "device": device}
-        self.k = torch.zeros(batch, capacity, heads_kv, dim, **place)
-        self.v = torch.zeros(batch, capacity, heads_kv, dim if dim_v is None else dim_v, **place)
+        sizes = {"batch": batch, "capacity": capacity, "heads_kv": heads_kv}
+        self.k, self.v = _storage(sizes, dim, dim_v, dtype, device)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
 
     def attend(
@@ -142,13 +139,10 @@ class PagedKVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        sizes = {"pages": pages, "heads_kv": heads_kv, "dim": dim}
-        _check_sizes({**sizes, "dim_v": dim if dim_v is None else dim_v})
-        if page_size < 1:
-            raise ValueError(f"page_size must be at least 1, got {page_size}")
-        place = {"dtype": dtype, "device": device}
-        self.k = torch.zeros(pages, page_size, heads_kv, dim, **place)
-        self.v = torch.zeros(pages, page_size, heads_kv, dim if dim_v is None else dim_v, **place)
+        sizes = {"pages": pages, "page_size": page_size, "heads_kv": heads_kv}
+        if page_size == 0:
+            raise ValueError("page_size must be at least 1, got 0")
+        self.k, self.v = _storage(sizes, dim, dim_v, dtype, device)
         self._free = list(range(pages - 1, -1, -1))
         self._users = [0] * pages
         self._tables: dict[int, list[int]] = {}
@@ -331,9 +325,15 @@ class _Reservation:
         self.replaced = replaced  # shared pages of which a copy took the place
 
 
-def _check_sizes(sizes: dict[str, int]) -> None:
-    for name, size in sizes.items():
+def _storage(
+    sizes: dict[str, int], dim: int, dim_v: int | None, dtype: torch.dtype, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Keys (*sizes, dim) and values (*sizes, dim_v), which is dim by default."""
+    dim_v = dim if dim_v is None else dim_v
+    for name, size in {**sizes, "dim": dim, "dim_v": dim_v}.items():
         if isinstance(size, bool) or not isinstance(size, int):
             raise TypeError(f"{name} must be an int, got {type(size).__name__}")
         if size < 0:
             raise ValueError(f"{name} must be at least 0, got {size}")
+    shape = tuple(sizes.values())
+    return tuple(torch.zeros(*shape, last, dtype=dtype, device=device) for last in (dim, dim_v))

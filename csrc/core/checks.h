@@ -32,6 +32,13 @@ std::optional<CallError> check_broadcast(const Named& t, const int64_t wanted[4]
 std::optional<CallError> check_starts(const Named& t, const Named& rows, int64_t max_length,
                                       const char* max_name);
 
+std::optional<CallError> check_floating(const Named& t);
+std::optional<CallError> check_integers(const Named& t);
+std::optional<CallError> check_device(const TensorDesc& q, const Named& t);
+std::optional<CallError> check_slopes(const TensorDesc& slopes, int64_t batch, int64_t heads_q);
+std::optional<CallError> check_options(int64_t window_left, int64_t window_right, std::optional<double> scale,
+                                       double softcap);
+
 // Dtypes, shapes and values of the arguments that only extended operators take. The shapes of q, k and v
 // have been checked.
 std::optional<CallError> check_extended_dtypes(const CallDesc& call);

@@ -48,6 +48,11 @@ Axes4 attention_axes(const TensorDesc& t, Layout layout) {
   }
 }
 
+View4 attention_view(const TensorDesc& t, Layout layout) {
+  const Axes4 axes = attention_axes(t, layout);
+  return {t.data, {axes.stride[0], axes.stride[1], axes.stride[2], axes.stride[3]}};
+}
+
 View4 broadcast_view(const TensorDesc& t, int64_t shape[4]) {
   View4 view;
   view.data = t.data;
@@ -60,14 +65,6 @@ View4 broadcast_view(const TensorDesc& t, int64_t shape[4]) {
 }
 
 namespace {
-
-View4 view_of(const TensorDesc& t, Layout layout) {
-  const Axes4 axes = attention_axes(t, layout);
-  View4 view;
-  view.data = t.data;
-  for (int i = 0; i < 4; ++i) view.stride[i] = axes.stride[i];
-  return view;
-}
 
 void set_intervals(const CallDesc& call, Intervals* intervals) {
   const TensorDesc &labels = call.row_labels, &bounds = call.key_bounds;
@@ -130,9 +127,9 @@ Problem make_problem(const CallDesc& call) {
   p.heads_kv = sizes.heads_kv;
   p.seq_kv = sizes.seq_kv;
   p.dim_v = attention_axes(call.v, call.layout).shape[3];
-  p.q = view_of(call.q, call.layout);
-  p.k = view_of(call.k, call.layout);
-  p.v = view_of(call.v, call.layout);
+  p.q = attention_view(call.q, call.layout);
+  p.k = attention_view(call.k, call.layout);
+  p.v = attention_view(call.v, call.layout);
 
   p.band_rule = {call.causal, call.window_left, call.window_right};
   p.masking.band = p.band_rule.of(p.seq_q, p.seq_kv);

@@ -74,6 +74,8 @@ struct Axes4 {
   int64_t stride[4];
 };
 Axes4 attention_axes(const TensorDesc& t, Layout layout);
+// The same as kernels see it.
+View4 attention_view(const TensorDesc& t, Layout layout);
 
 // Sizes of a call whose shapes have been checked; of packed sequences the longest ones.
 struct CallSizes {

@@ -30,13 +30,9 @@ Problem make_problem(const CacheCallDesc& call) {
   p.dim = q.shape[3];
   p.heads_kv = k.shape[1];
   p.dim_v = call.v_cache.shape[3];
-  const auto view = [](const TensorDesc& t) {
-    const Axes4 axes = attention_axes(t, Layout::kBshd);
-    return View4{t.data, {axes.stride[0], axes.stride[1], axes.stride[2], axes.stride[3]}};
-  };
-  p.q = view(call.q);
-  p.k = view(call.k_cache);
-  p.v = view(call.v_cache);
+  p.q = attention_view(call.q, Layout::kBshd);
+  p.k = attention_view(call.k_cache, Layout::kBshd);
+  p.v = attention_view(call.v_cache, Layout::kBshd);
   if (packed) {
     bool known = true;
     p.packing.starts_q = integers_of(call.cu_seqlens_q);

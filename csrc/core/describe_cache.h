@@ -27,6 +27,8 @@ struct CacheCallDesc {
 
   bool appends() const { return k.present; }
   bool rotates() const { return rotary_cos.present; }
+  // Whether each query is turned by its own position; else all by that of the first.
+  bool queries_move() const { return causal != Causal::kNone || window_left >= 0 || window_right >= 0; }
   int64_t batch() const { return cu_seqlens_q.present ? cu_seqlens_q.shape[0] - 1 : q.shape[0]; }
   int64_t added() const { return k.present ? k.shape[1] : 0; }
   int64_t capacity() const {

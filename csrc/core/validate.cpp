@@ -72,25 +72,15 @@ std::optional<CallError> check_dtypes(const CallDesc& call) {
                      "bias has dtype " + dtype_text(call.bias) +
                          ", but must be float16, bfloat16, float32 or float64; bool masks go to mask"};
   }
-  if (call.kv_lengths.present && call.kv_lengths.dtype != DType::kInt32 &&
-      call.kv_lengths.dtype != DType::kInt64) {
-    return CallError{Kind::kType,
-                     "kv_lengths has dtype " + dtype_text(call.kv_lengths) + ", but must be int32 or int64"};
-  }
+  if (auto e = check_integers({"kv_lengths", &call.kv_lengths})) return e;
   return check_extended_dtypes(call);
-}
-
-std::optional<CallError> check_device(const CallDesc& call, const Named& t) {
-  if (!t.tensor->present || std::strcmp(call.q.device, t.tensor->device) == 0) return std::nullopt;
-  return value_error(std::string(t.name) + " is on device " + t.tensor->device +
-                     ", but must be on q's device " + call.q.device);
 }
 
 std::optional<CallError> check_devices(const CallDesc& call) {
   for (const Named& t : inputs_of(call).list) {
-    if (auto e = check_device(call, t)) return e;
+    if (auto e = check_device(call.q, t)) return e;
   }
-  return check_device(call, {"out", &call.out});
+  return check_device(call.q, {"out", &call.out});
 }
 
 std::optional<CallError> check_shapes(const CallDesc& call) {
@@ -153,22 +143,6 @@ std::optional<CallError> check_out(const CallDesc& call) {
   return std::nullopt;
 }
 
-std::optional<CallError> check_options(const CallDesc& call) {
-  if (call.window_left < -1 || call.window_right < -1) {
-    return CallError{Kind::kValue, "window is (" + std::to_string(call.window_left) + ", " +
-                                       std::to_string(call.window_right) +
-                                       "), but its entries must be None, -1 (unbounded) or at least 0"};
-  }
-  if (call.scale && !std::isfinite(*call.scale)) {
-    return CallError{Kind::kValue, "scale is " + std::to_string(*call.scale) + ", but must be finite"};
-  }
-  if (!std::isfinite(call.softcap) || call.softcap < 0) {
-    return CallError{Kind::kValue, "softcap is " + std::to_string(call.softcap) +
-                                       ", but must be finite and at least 0 (0 = none)"};
-  }
-  return std::nullopt;
-}
-
 }  // namespace
 
 std::optional<CallError> validate(const CallDesc& call) {
@@ -193,7 +167,7 @@ std::optional<CallError> validate(const CallDesc& call) {
     return value_error(quoted({"kv_lengths", &call.kv_lengths}) + ", but must have shape (batch,) = (" +
                        std::to_string(n.batch) + ",)");
   }
-  if (auto e = check_options(call)) return e;
+  if (auto e = check_options(call.window_left, call.window_right, call.scale, call.softcap)) return e;
   return check_out(call);
 }
 

@@ -1,5 +1,4 @@
 // What can be wrong with a call on a cache of keys and values; nothing is written before all is checked.
-#include <cmath>
 #include <cstring>
 
 #include "core/checks.h"
@@ -32,21 +31,14 @@ std::optional<CallError> check_dtypes(const CacheCallDesc& call) {
                             {"cache_leftpad", &call.cache_leftpad},
                             {"cu_seqlens_q", &call.cu_seqlens_q}};
   for (const Named& t : integers) {
-    const DType dtype = t.tensor->dtype;
-    if (t.tensor->present && dtype != DType::kInt32 && dtype != DType::kInt64) {
-      return CallError{Kind::kType, std::string(t.name) + " has dtype " + dtype_text(*t.tensor) +
-                                        ", but must be int32 or int64"};
-    }
+    if (auto e = check_integers(t)) return e;
   }
   const Named floating[] = {{"rotary_cos", &call.rotary_cos},
                             {"rotary_sin", &call.rotary_sin},
                             {"alibi_slopes", &call.alibi_slopes},
                             {"sinks", &call.sinks}};
   for (const Named& t : floating) {
-    if (t.tensor->present && !is_floating(t.tensor->dtype)) {
-      return CallError{Kind::kType, std::string(t.name) + " has dtype " + dtype_text(*t.tensor) +
-                                        ", but must be float16, bfloat16, float32 or float64"};
-    }
+    if (auto e = check_floating(t)) return e;
   }
   return std::nullopt;
 }
@@ -66,10 +58,7 @@ std::optional<CallError> check_devices(const CacheCallDesc& call) {
                            {"alibi_slopes", &call.alibi_slopes},
                            {"sinks", &call.sinks}};
   for (const Named& t : tensors) {
-    if (t.tensor->present && std::strcmp(call.q.device, t.tensor->device) != 0) {
-      return value_error(std::string(t.name) + " is on device " + t.tensor->device +
-                         ", but must be on q's device " + call.q.device);
-    }
+    if (auto e = check_device(call.q, t)) return e;
   }
   return std::nullopt;
 }
@@ -146,14 +135,8 @@ std::optional<CallError> check_shapes(const CacheCallDesc& call) {
     return value_error(quoted({"k_cache", &call.k_cache}) + ", but must have at least q's batch, " +
                        text(batch));
   }
-  const int64_t heads[2] = {batch, heads_q};
-  if (const TensorDesc& slopes = call.alibi_slopes; slopes.present) {
-    const int rank = slopes.rank == 2 ? 2 : 1;
-    if (auto e = check_sizes({"alibi_slopes", &slopes}, rank == 2 ? "(batch, heads_q)" : "(heads_q,)",
-                             heads + (2 - rank), rank))
-      return e;
-  }
-  return check_sizes({"sinks", &call.sinks}, "(heads_q,)", heads + 1, 1);
+  if (auto e = check_slopes(call.alibi_slopes, batch, heads_q)) return e;
+  return check_sizes({"sinks", &call.sinks}, "(heads_q,)", &heads_q, 1);
 }
 
 std::optional<CallError> check_rotary(const CacheCallDesc& call) {
@@ -173,21 +156,6 @@ std::optional<CallError> check_rotary(const CacheCallDesc& call) {
   if (2 * cos.shape[1] > call.q.shape[3]) {
     return value_error(quoted({"rotary_cos", &cos}) +
                        ", but rotary_dim / 2 must be at most half of q's dim " + text(call.q.shape[3]));
-  }
-  return std::nullopt;
-}
-
-std::optional<CallError> check_options(const CacheCallDesc& call) {
-  if (call.window_left < -1 || call.window_right < -1) {
-    return value_error("window is (" + text(call.window_left) + ", " + text(call.window_right) +
-                       "), but its entries must be None, -1 (unbounded) or at least 0");
-  }
-  if (call.scale && !std::isfinite(*call.scale)) {
-    return value_error("scale is " + std::to_string(*call.scale) + ", but must be finite");
-  }
-  if (!std::isfinite(call.softcap) || call.softcap < 0) {
-    return value_error("softcap is " + std::to_string(call.softcap) +
-                       ", but must be finite and at least 0 (0 = none)");
   }
   return std::nullopt;
 }
@@ -277,8 +245,8 @@ std::optional<CallError> check_values(const CacheCallDesc& call) {
       if (auto e = check_pages(call, b, pad, length + added)) return e;
     }
     if (call.rotates()) {
-      const bool moving = call.causal != Causal::kNone || call.window_left >= 0 || call.window_right >= 0;
-      const int64_t queries = moving ? call.q.shape[1] : 1, most = added > queries ? added : queries;
+      const int64_t queries = call.queries_move() ? call.q.shape[1] : 1,
+                    most = added > queries ? added : queries;
       if (length + most > call.rotary_cos.shape[0]) {
         return value_error(quoted({"rotary_cos", &call.rotary_cos}) + ", but sequence " + text(b) +
                            " has positions up to " + text(length + most - 1));
@@ -296,7 +264,7 @@ std::optional<CallError> validate(const CacheCallDesc& call) {
   if (auto e = check_dtypes(call)) return e;
   if (auto e = check_devices(call)) return e;
   if (auto e = check_rotary(call)) return e;
-  if (auto e = check_options(call)) return e;
+  if (auto e = check_options(call.window_left, call.window_right, call.scale, call.softcap)) return e;
   if (auto e = check_memory(call)) return e;
   return check_values(call);
 }

@@ -17,13 +17,6 @@ std::optional<CallError> check_shape(const Named& t, const char* axes, const int
   return value_error(quoted(t) + ", but must have shape " + axes + " = " + list(wanted, rank));
 }
 
-std::optional<CallError> check_integers(const Named& t, bool also_int32) {
-  const TensorDesc& x = *t.tensor;
-  if (!x.present || x.dtype == DType::kInt64 || (also_int32 && x.dtype == DType::kInt32)) return std::nullopt;
-  return CallError{Kind::kType, std::string(t.name) + " has dtype " + dtype_text(x) + ", but must be " +
-                                    (also_int32 ? "int32 or int64" : "int64")};
-}
-
 std::optional<CallError> check_intervals(const CallDesc& call, const CallSizes& sizes) {
   const TensorDesc &labels = call.row_labels, &bounds = call.key_bounds;
   if (labels.present != bounds.present) {
@@ -110,10 +103,7 @@ std::optional<CallError> check_broadcast(const Named& t, const int64_t wanted[4]
 
 std::optional<CallError> check_extended_dtypes(const CallDesc& call) {
   for (const Named& t : {Named{"alibi_slopes", &call.alibi_slopes}, Named{"sinks", &call.sinks}}) {
-    if (t.tensor->present && !is_floating(t.tensor->dtype)) {
-      return CallError{Kind::kType, std::string(t.name) + " has dtype " + dtype_text(*t.tensor) +
-                                        ", but must be float16, bfloat16, float32 or float64"};
-    }
+    if (auto e = check_floating(t)) return e;
   }
   for (const Named& t : {Named{"row_labels", &call.row_labels}, Named{"key_bounds", &call.key_bounds}}) {
     if (t.tensor->present && t.tensor->dtype != DType::kInt32) {
@@ -121,9 +111,12 @@ std::optional<CallError> check_extended_dtypes(const CallDesc& call) {
                        std::string(t.name) + " has dtype " + dtype_text(*t.tensor) + ", but must be int32"};
     }
   }
-  if (auto e = check_integers({"rng_state", &call.rng_state}, false)) return e;
-  if (auto e = check_integers({"cu_seqlens_q", &call.cu_seqlens_q}, true)) return e;
-  return check_integers({"cu_seqlens_k", &call.cu_seqlens_k}, true);
+  if (call.rng_state.present && call.rng_state.dtype != DType::kInt64) {
+    return CallError{Kind::kType,
+                     "rng_state has dtype " + dtype_text(call.rng_state) + ", but must be int64"};
+  }
+  if (auto e = check_integers({"cu_seqlens_q", &call.cu_seqlens_q})) return e;
+  return check_integers({"cu_seqlens_k", &call.cu_seqlens_k});
 }
 
 std::optional<CallError> check_packing(const CallDesc& call) {
@@ -157,14 +150,8 @@ std::optional<CallError> check_extended(const CallDesc& call, const CallSizes& s
                          ", where cu_seqlens are not to be read without waiting for the device");
     }
   }
-  const int64_t heads[2] = {sizes.batch, sizes.heads_q};
-  const TensorDesc& slopes = call.alibi_slopes;
-  if (slopes.present && !(slopes.rank == 1 && slopes.shape[0] == heads[1]) &&
-      !(slopes.rank == 2 && slopes.shape[0] == heads[0] && slopes.shape[1] == heads[1])) {
-    return value_error(quoted({"alibi_slopes", &slopes}) + ", but must have shape (heads_q,) = " +
-                       list(heads + 1, 1) + " or (batch, heads_q) = " + list(heads, 2));
-  }
-  if (auto e = check_shape({"sinks", &call.sinks}, "(heads_q,)", heads + 1, 1)) return e;
+  if (auto e = check_slopes(call.alibi_slopes, sizes.batch, sizes.heads_q)) return e;
+  if (auto e = check_shape({"sinks", &call.sinks}, "(heads_q,)", &sizes.heads_q, 1)) return e;
   if (auto e = check_intervals(call, sizes)) return e;
   return check_dropout(call);
 }

@@ -174,8 +174,7 @@ void flash_attention(const py::object& q, const py::object& k, const py::object&
 
   ForwardCall forward;
   forward.problem = make_problem(call);
-  const Axes4 axes = attention_axes(call.out, call.layout);
-  forward.out = {call.out.data, {axes.stride[0], axes.stride[1], axes.stride[2], axes.stride[3]}};
+  forward.out = attention_view(call.out, call.layout);
   const cpu::Isa isa = cpu::active_isa();
 
   const py::gil_scoped_release released;

@@ -41,9 +41,14 @@ CallDesc describe_call(const TensorRef& q, const TensorRef& k, const TensorRef& 
 
 // A contiguous tensor of one number per row: (batch, heads_q, seq_q) or (heads_q, total_q).
 template <class Void>
+RowValues<Void> row_values(const TensorDesc& t, const TensorDesc& q, Layout layout, bool packed) {
+  const Axes4 axes = attention_axes(q, layout);
+  return {t.data, packed ? 0 : axes.shape[1] * axes.shape[2], axes.shape[2]};
+}
+
+template <class Void>
 RowValues<Void> row_values(const TensorDesc& t, const CallDesc& call) {
-  const Axes4 q = attention_axes(call.q, call.layout);
-  return {t.data, call.packed() ? 0 : q.shape[1] * q.shape[2], q.shape[2]};
+  return row_values<Void>(t, call.q, call.layout, call.packed());
 }
 
 // The shape of the result: q's with v's last axis, in every rank and layout.

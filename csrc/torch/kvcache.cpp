@@ -94,12 +94,8 @@ void attention_kvcache(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outp
 
   ForwardCall forward;
   Problem& p = forward.problem = make_problem(call);
-  const bool packed = call.cu_seqlens_q.present;
   forward.out = attention_view(out.desc, Layout::kBshd);
-  if (return_lse) {
-    const Axes4 axes = attention_axes(q, Layout::kBshd);
-    forward.lse = {lse.desc.data, packed ? 0 : axes.shape[1] * axes.shape[2], axes.shape[2]};
-  }
+  if (return_lse) forward.lse = row_values<void>(lse.desc, q, Layout::kBshd, call.cu_seqlens_q.present);
   const cpu::Executor executor = torch_executor();
   const cpu::Rotary rotary = rotary_of(call);
   const cpu::Plan plan = cpu::plan_forward(p, cpu::active_isa(), executor.threads, advice);
@@ -108,9 +104,8 @@ void attention_kvcache(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outp
                 executor);
   }
   if (rotary.present()) {
-    const bool moving = call.causal != Causal::kNone || call.window_left >= 0 || call.window_right >= 0;
     const View4 view = attention_view(turned.desc, Layout::kBshd);
-    cpu::rotate_queries(p, view, rotary, moving, executor);
+    cpu::rotate_queries(p, view, rotary, call.queries_move(), executor);
     p.q = view;
   }
   if (p.has_rows()) cpu::forward(forward, plan, executor);

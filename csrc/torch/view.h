@@ -31,12 +31,6 @@ void fill_with_zeros(const NewTensor& tensor);
 // The tensor itself if it is contiguous, else a contiguous copy.
 NewTensor contiguous(TensorRef tensor, const TensorDesc& desc);
 
-// A described (batch, heads, seq, dim) tensor as kernels see it.
-inline View4 attention_view(const TensorDesc& desc, Layout layout) {
-  const Axes4 axes = attention_axes(desc, layout);
-  return {desc.data, {axes.stride[0], axes.stride[1], axes.stride[2], axes.stride[3]}};
-}
-
 // Gathers the shape of an LSE: (batch, heads, seq) without the axes that q lacks.
 // Returns its rank.
 int lse_shape(const TensorDesc& q, Layout layout, int64_t shape[3]);

@@ -20,6 +20,7 @@ except ImportError as error:
         f"flash_attn_ext.integrations.transformers needs transformers 5 (pip install transformers): {error}"
     ) from error
 
+from .._compiling import constant_when_compiled
 from ..dispatch import log_once
 from ..functional import flash_attention
 from ..masks import DenseMask, PaddingMask
@@ -246,7 +247,7 @@ def _padding(attention_mask: Tensor, kv_length: int, kv_offset: int) -> Tensor:
 _ASKS: dict[type, bool] = {}
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _asks_for_attention(config: type) -> bool:
     """Whether models of such a config ask for attention by name, as transformers tells by their source.
 
