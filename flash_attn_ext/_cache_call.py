@@ -103,14 +103,14 @@ def _entries(call: CacheCall, host: CacheCall) -> Iterator[_Entry]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """x (seq, heads, dim) with the first 2 n elements of a row turned by the angles of cos and sin (seq, n),
-    rounded once.
+    """x (..., seq, heads, dim) with the first 2 n elements of a row turned by the angles of cos and sin
+    (..., seq, n), rounded once.
 
     Source: Su et al., RoFormer, 2021, arXiv:2104.09864, equation 34.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    pairs = cos.shape[1]
-    cos, sin = (t.to(wide)[:, None] for t in (cos, sin))
+    pairs = cos.shape[-1]
+    cos, sin = (t.to(wide).unsqueeze(-2) for t in (cos, sin))
     turned = x[..., : 2 * pairs].to(wide)
     turned = turned.unflatten(-1, (pairs, 2)) if interleaved else turned.unflatten(-1, (2, pairs)).mT
     a, b = turned.unbind(-1)

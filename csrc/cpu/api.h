@@ -21,7 +21,7 @@ std::vector<Isa> available_isas();
 Isa active_isa();
 
 // Up to so many packed rows of a K/V head are few; see Plan::direct.
-constexpr int kDirectRows = 8;
+constexpr int kDirectRows = 12;
 
 // What a call will do: chosen from the problem before anything runs.
 struct Plan {

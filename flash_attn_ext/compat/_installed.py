@@ -44,9 +44,9 @@ class _Finder(importlib.metadata.DistributionFinder):
 
 
 def install() -> None:
-    """Make `import flash_attn`, `flash_attn.flash_attn_interface` and `flash_attn.bert_padding` find this
-    package's functions, in this process, from now on. A flash_attn that is installed is left alone only
-    where it has been imported before: then this raises.
+    """Make `import flash_attn`, `flash_attn.flash_attn_interface`, `flash_attn.bert_padding` and
+    `flash_attn.layers.rotary` find this package's functions, in this process, from now on. A flash_attn that
+    is installed is left alone only where it has been imported before: then this raises.
 
     Raises:
         ImportError: another flash_attn has been imported already.
@@ -55,7 +55,7 @@ def install() -> None:
         >>> flash_attn_ext.compat.flash_attn.install()
         >>> from flash_attn import flash_attn_func
     """
-    from . import bert_padding, flash_attn
+    from . import bert_padding, flash_attn, rotary
 
     present = sys.modules.get(_NAME)
     if present is not None:
@@ -67,7 +67,10 @@ def install() -> None:
     package.__flash_attn_ext__ = True
     package.flash_attn_interface = _module(f"{_NAME}.flash_attn_interface", flash_attn)
     package.bert_padding = _module(f"{_NAME}.bert_padding", bert_padding)
-    for module in (package, package.flash_attn_interface, package.bert_padding):
+    layers = package.layers = types.ModuleType(f"{_NAME}.layers")
+    layers.__path__ = []
+    layers.rotary = _module(f"{_NAME}.layers.rotary", rotary)
+    for module in (package, package.flash_attn_interface, package.bert_padding, layers, layers.rotary):
         sys.modules[module.__name__] = module
     sys.meta_path.insert(0, _Finder(flash_attn.__version__))
 

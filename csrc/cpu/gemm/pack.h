@@ -28,6 +28,17 @@ struct SourceRows {
   FAE_INLINE SourceRows from_row(int64_t r) const { return {data + r * row, row, column}; }
 };
 
+// Fetches early what packing comes to in a while: rows that lie far apart are no stream to the processor.
+// Past the last row nothing is read; an address that does not exist is no harm.
+template <class S>
+FAE_INLINE void fetch_row(const SourceRows<S>& rows, int64_t r, int64_t columns) {
+  constexpr int64_t kLine = int64_t(64 / sizeof(S));
+  if (rows.row <= columns || rows.column != 1) return;
+  const S* const row = rows.data + r * rows.row;
+  for (int64_t c = 0; c < columns; c += kLine) __builtin_prefetch(row + c);
+}
+constexpr int64_t kRowsAhead = 16;
+
 // n <= kWidth elements of one row as a vector, the rest 0.
 template <class V, class S>
 FAE_INLINE typename V::Reg load_row(const S* p, int64_t stride, int n) {
@@ -70,6 +81,20 @@ FAE_INLINE typename P::Vec::Reg load_pairs(const BFloat16* p, int64_t stride, in
   return P::load_pairs(lanes, kFull);
 }
 
+// One vector of row operands: kWidth * kPair elements of a row, or the first n of them and zeros.
+template <class P, class S>
+FAE_INLINE typename P::Vec::Reg load_operands(const S* p, int64_t stride, int n) {
+  if constexpr (P::kPair == 2) return load_pairs<P>(p, stride, n);
+  else return load_row<typename P::Vec>(p, stride, n);
+}
+
+// The same where all of them are there, one behind the other.
+template <class P, class S>
+FAE_INLINE typename P::Vec::Reg load_whole(const S* p) {
+  if constexpr (P::kPair == 2) return P::load_pairs(p, P::Vec::kWidth * 2);
+  else return P::Vec::load(p);
+}
+
 // src is n x depth; its rows become columns: dst[n / kPanel][depth / kPair][kPanel][kPair].
 template <class P, class S>
 void pack_transposed(SourceRows<S> src, int64_t n, int64_t depth, typename P::Operand* dst) {
@@ -81,18 +106,19 @@ void pack_transposed(SourceRows<S> src, int64_t n, int64_t depth, typename P::Op
   for (int64_t j = 0; j < n; j += W) {
     const int rows = int(n - j < W ? n - j : W);
     auto* panel = dst + (j / kPanel<P>)*steps * kStep + (j % kPanel<P>)*P::kPair;
+    for (int r = 0; r < rows; ++r) fetch_row(src, j + kRowsAhead + r, depth);
     for (int64_t s = 0; s < steps; s += W) {
       const int64_t d = s * P::kPair;
       const int columns = int(depth - d < W * P::kPair ? depth - d : W * P::kPair);
+      const S* const first = src.data + j * src.row + d * src.column;
       Reg block[W];
+      if (rows == W && columns == W * P::kPair && src.column == 1) {
 #pragma GCC unroll 16
-      for (int r = 0; r < W; ++r) {
-        if (r < rows) {
-          const S* p = src.data + (j + r) * src.row + d * src.column;
-          if constexpr (P::kPair == 2) block[r] = load_pairs<P>(p, src.column, columns);
-          else block[r] = load_row<V>(p, src.column, columns);
-        } else {
-          block[r] = V::zero();
+        for (int r = 0; r < W; ++r) block[r] = load_whole<P>(first + r * src.row);
+      } else {
+#pragma GCC unroll 16
+        for (int r = 0; r < W; ++r) {
+          block[r] = r < rows ? load_operands<P>(first + r * src.row, src.column, columns) : V::zero();
         }
       }
       V::transpose(block);
@@ -118,23 +144,38 @@ bool pack_row_group(const SourceRows<S>* rows, int count, int64_t step, int64_t 
   constexpr int64_t kStep = kPanel<P> * P::kPair;
   bool finite = true;
   FiniteWatch<V> watch;
-  for (int64_t c = 0; c < n; c += kPiece) {
+  const auto at = [=](int64_t c) {
+    return dst + ((c / kPanel<P>)*steps + step) * kStep + (c % kPanel<P>)*P::kPair;
+  };
+  int64_t c = 0;
+  if constexpr (P::kPair == 1) {
+    if (rows[0].column == 1) {
+      for (; c + kPanel<P> <= n; c += kPanel<P>) {
+        auto* const to = at(c);
+#pragma GCC unroll 4
+        for (int j = 0; j < V::kTileVecs; ++j) {
+          const auto x = V::load(rows[0].data + c + j * W);
+          watch.see(x);
+          P::store_lanes(to + j * W, x);
+        }
+      }
+    }
+  }
+  for (; c < n; c += kPiece) {
     const int columns = int(n - c < kPiece ? n - c : kPiece);
-    auto* at = dst + ((c / kPanel<P>)*steps + step) * kStep + (c % kPanel<P>)*P::kPair;
-    const S* first = rows[0].data + c * rows[0].column;
+    const auto x = load_operands<P>(rows[0].data + c * rows[0].column, rows[0].column, columns);
     if constexpr (P::kPair == 2) {
-      const auto even = load_pairs<P>(first, rows[0].column, columns);
-      const auto odd =
-          count > 1 ? load_pairs<P>(rows[1].data + c * rows[1].column, rows[1].column, columns) : V::zero();
-      finite = finite && P::all_finite(even) && P::all_finite(odd);
+      const auto odd = count > 1
+                           ? load_operands<P>(rows[1].data + c * rows[1].column, rows[1].column, columns)
+                           : V::zero();
+      finite = finite && P::all_finite(x) && P::all_finite(odd);
       typename V::Reg low, high;
-      P::interleave(even, odd, &low, &high);
-      P::store_lanes(at, low);
-      if (columns > W) P::store_lanes(at + kPiece, high);
+      P::interleave(x, odd, &low, &high);
+      P::store_lanes(at(c), low);
+      if (columns > W) P::store_lanes(at(c) + kPiece, high);
     } else {
-      const auto x = load_row<V>(first, rows[0].column, columns);
       watch.see(x);
-      P::store_lanes(at, x);
+      P::store_lanes(at(c), x);
     }
   }
   return finite && watch.all_finite();
@@ -148,7 +189,10 @@ bool pack_rows(SourceRows<S> src, int64_t depth, int64_t n, typename P::Operand*
   for (int64_t d = 0; d < depth; d += P::kPair) {
     SourceRows<S> rows[P::kPair];
     const int count = int(depth - d < P::kPair ? depth - d : P::kPair);
-    for (int i = 0; i < count; ++i) rows[i] = src.from_row(d + i);
+    for (int i = 0; i < count; ++i) {
+      rows[i] = src.from_row(d + i);
+      fetch_row(src, d + i + kRowsAhead, n);
+    }
     finite &= pack_row_group<P>(rows, count, d / P::kPair, round_up(depth, P::kPair) / P::kPair, n, dst);
   }
   return finite;
@@ -156,7 +200,7 @@ bool pack_rows(SourceRows<S> src, int64_t depth, int64_t n, typename P::Operand*
 
 // Row operands, n x depth: dst[n][round_up(depth, kPair)].
 template <class P, class S>
-void pack_operand(SourceRows<S> src, int64_t n, int64_t depth, typename P::Operand* dst) {
+FAE_INLINE void pack_operand(SourceRows<S> src, int64_t n, int64_t depth, typename P::Operand* dst) {
   using V = typename P::Vec;
   constexpr int kPiece = V::kWidth * P::kPair;
   const int64_t ld = round_up(depth, P::kPair);
@@ -164,10 +208,11 @@ void pack_operand(SourceRows<S> src, int64_t n, int64_t depth, typename P::Opera
     for (int64_t d = 0; d < ld; d += kPiece) {
       const int columns = int(depth - d < kPiece ? depth - d : kPiece);
       const int stored = int(ld - d < kPiece ? ld - d : kPiece);
-      const S* p = src.data + r * src.row + d * src.column;
-      if constexpr (P::kPair == 2)
-        P::store_lanes_n(dst + r * ld + d, load_pairs<P>(p, src.column, columns), stored);
-      else V::store_n(dst + r * ld + d, load_row<V>(p, src.column, columns), stored);
+      const auto x = load_operands<P>(src.data + r * src.row + d * src.column, src.column, columns);
+      auto* const to = dst + r * ld + d;
+      if (stored == kPiece) P::store_lanes(to, x);  // where vectors are narrow, masked stores are slow
+      else if constexpr (P::kPair == 2) P::store_lanes_n(to, x, stored);
+      else V::store_n(to, x, stored);
     }
   }
 }

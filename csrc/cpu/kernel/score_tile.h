@@ -31,6 +31,13 @@ inline Real bias_value(const void* data, DType dtype, int64_t index) {
   return Real(x);
 }
 
+template <class V, class Half>
+FAE_INLINE void widen_row(const Half* from, int64_t n, typename V::Elem* to) {
+  int64_t j = 0;
+  for (; j + V::kWidth <= n; j += V::kWidth) V::store(to + j, V::load(from + j));
+  if (j < n) V::store_n(to + j, V::load_n(from + j, int(n - j)), int(n - j));
+}
+
 // n bias values of one row, widened; points into the bias itself where that needs no
 // conversion, else into `scratch`.
 template <class V>
@@ -40,14 +47,12 @@ const typename V::Elem* bias_row(const View4& bias, DType dtype, int64_t offset,
   const int64_t stride = bias.stride[3];
   if (stride == 1 && dtype == DTypeOf<Real>::value) return static_cast<const Real*>(bias.data) + offset;
   if constexpr (sizeof(Real) == 4) {
-    if (stride == 1 && dtype != DType::kFloat64) {
-      const auto* p = static_cast<const uint16_t*>(bias.data) + offset;
-      for (int64_t j = 0; j < n; j += V::kWidth) {
-        const int lanes = int(n - j < V::kWidth ? n - j : V::kWidth);
-        const auto x = dtype == DType::kBFloat16 ? V::load_n(reinterpret_cast<const BFloat16*>(p) + j, lanes)
-                                                 : V::load_n(reinterpret_cast<const Float16*>(p) + j, lanes);
-        V::store_n(scratch + j, x, lanes);
-      }
+    if (stride == 1 && dtype == DType::kBFloat16) {
+      widen_row<V>(static_cast<const BFloat16*>(bias.data) + offset, n, scratch);
+      return scratch;
+    }
+    if (stride == 1 && dtype == DType::kFloat16) {
+      widen_row<V>(static_cast<const Float16*>(bias.data) + offset, n, scratch);
       return scratch;
     }
   }
@@ -122,7 +127,17 @@ void modify_scores(const Problem& p, const Sequence& sequence, const ScoreTile<V
       bias = previous;
     }
     const Reg fall = V::set1(mod.alibi.present() ? Real(-mod.alibi.at(tile.b, tile.rows[r].head)) : Real(0));
-    for (int64_t j = 0; j < tile.keys; j += V::kWidth) {
+    // -inf hides whatever the score is, NaN included.
+    const auto with_bias = [hidden](Reg x, Reg y) {
+      return V::select(V::equal(y, hidden), hidden, V::add(x, y));
+    };
+    int64_t j = 0;
+    if (bias && !(mod.softcap > 0) && !mod.alibi.present()) {
+      for (; j + V::kWidth <= tile.keys; j += V::kWidth) {
+        V::store(s + j, with_bias(V::mul(V::load(s + j), scale), V::load(bias + j)));
+      }
+    }
+    for (; j < tile.keys; j += V::kWidth) {
       Reg x = V::mul(V::load(s + j), scale);
       if (mod.softcap > 0) {
         const Reg t = tanh<V>(V::mul(x, inverse_cap));
@@ -132,9 +147,7 @@ void modify_scores(const Problem& p, const Sequence& sequence, const ScoreTile<V
       if (mod.alibi.present()) x = V::fma(fall, distance.at(tile.rows[r].query, j), x);
       if (bias) {
         const int lanes = int(tile.keys - j < V::kWidth ? tile.keys - j : V::kWidth);
-        const Reg y = lanes == V::kWidth ? V::load(bias + j) : V::load_n(bias + j, lanes);
-        // -inf hides whatever the score is, NaN included.
-        x = V::select(V::equal(y, hidden), hidden, V::add(x, y));
+        x = with_bias(x, lanes == V::kWidth ? V::load(bias + j) : V::load_n(bias + j, lanes));
       }
       V::store(s + j, x);
     }

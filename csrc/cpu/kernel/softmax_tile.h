@@ -56,7 +56,9 @@ FAE_INLINE typename P::Vec::Elem softmax_row(const typename P::Vec::Elem* s, int
     total = V::add(total, x);
   }
   Real alpha = 1;
-  if (new_max != *max) {
+  if (*max == Real(-__builtin_inf())) {
+    alpha = 0;  // nothing was summed up yet
+  } else if (new_max != *max) {
     Real lanes[V::kWidth];
     V::store(lanes, V::exp2(V::set1((*max - shift) * exponent_scale)));
     alpha = lanes[0];

@@ -1,0 +1,90 @@
+"""`flash_attn.layers.rotary`: rotary position embedding, on any device, differentiable."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._cache_call import rotate
+
+__all__ = ["apply_rotary_emb", "apply_rotary_emb_func", "apply_rotary_emb_torch"]
+
+
+def apply_rotary_emb(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool = False,
+    inplace: bool = False,
+    seqlen_offsets: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor:
+    """Turn the first rotary_dim elements of every head by the angles of its position.
+
+    Args:
+        x: (batch, seq, heads, dim), floating; with `cu_seqlens` (total, heads, dim).
+        cos, sin: (positions, rotary_dim / 2), floating, rotary_dim <= dim; row i belongs to position i.
+        interleaved: pairs are elements (0, 1), (2, 3), ... (GPT-J), instead of (0, rotary_dim / 2), ...
+            (GPT-NeoX, Llama).
+        inplace: write into x, which is then the result.
+        seqlen_offsets: the position of a sequence's first row: one for all, or integers (batch,).
+        cu_seqlens: (batch + 1,) integers; sequence b is rows [cu_seqlens[b], cu_seqlens[b + 1]) of x.
+        max_seqlen: as in flash_attn, where it sizes a grid; not needed here.
+
+    Returns:
+        A tensor like x. Rows at positions that the table lacks, or behind the last sequence, stay what they
+        are.
+
+    Raises:
+        ValueError: shapes that do not fit, or a table too short for an integer `seqlen_offsets`.
+
+    Example:
+        >>> angles = torch.outer(torch.arange(16.0), 10000 ** (-torch.arange(4.0) / 4))
+        >>> apply_rotary_emb(torch.randn(2, 16, 4, 8), angles.cos(), angles.sin()).shape
+        torch.Size([2, 16, 4, 8])
+
+    Source: Su et al., RoFormer, 2021, arXiv:2104.09864, equation 34.
+    """
+    if x.dim() != (4 if cu_seqlens is None else 3):
+        expected = "(batch, seq, heads, dim)" if cu_seqlens is None else "(total, heads, dim)"
+        raise ValueError(f"x must be {expected}, got shape {tuple(x.shape)}")
+    if cos.dim() != 2 or cos.shape != sin.shape or 2 * cos.shape[1] > x.shape[-1]:
+        raise ValueError(
+            f"cos and sin must be (positions, rotary_dim / 2) with rotary_dim <= {x.shape[-1]}, "
+            f"got {tuple(cos.shape)} and {tuple(sin.shape)}"
+        )
+    positions = _positions(x, len(cos), seqlen_offsets, cu_seqlens)
+    # One more row, for positions that the table lacks: no turn.
+    cos, sin = torch.cat((cos, torch.ones_like(cos[:1]))), torch.cat((sin, torch.zeros_like(sin[:1])))
+    turned = rotate(x, cos[positions], sin[positions], interleaved)
+    return x.copy_(turned) if inplace else turned
+
+
+apply_rotary_emb_func = apply_rotary_emb
+
+
+def apply_rotary_emb_torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """`apply_rotary_emb` for angles of each row: cos and sin (seq, rotary_dim / 2), perhaps with a batch."""
+    return rotate(x, cos, sin, interleaved)
+
+
+def _positions(x: Tensor, table: int, offsets: int | Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Rows of a table of so many positions, and `table` for those that it lacks: (batch, seq) or (total,)."""
+    if cu_seqlens is None:
+        rows = torch.arange(x.shape[1], device=x.device)
+        if isinstance(offsets, int):
+            if not 0 <= offsets <= table - len(rows):
+                raise ValueError(
+                    f"seqlen_offsets {offsets} and {len(rows)} rows exceed the {table} positions of cos"
+                )
+            return rows + offsets
+        positions = offsets[:, None] + rows
+    else:
+        rows = torch.arange(len(x), device=x.device)
+        sequence = torch.searchsorted(cu_seqlens, rows, right=True) - 1
+        beyond = sequence >= len(cu_seqlens) - 1
+        sequence = sequence.clamp(max=len(cu_seqlens) - 2)
+        offset = offsets if isinstance(offsets, int) else offsets[sequence]
+        positions = (rows - cu_seqlens[sequence] + offset).masked_fill(beyond, table)
+    return positions.masked_fill((positions < 0) | (positions > table), table)
