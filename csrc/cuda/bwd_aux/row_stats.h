@@ -97,6 +97,7 @@ class RowStatsKernel {
     ScoreTile row = single_row(p, params.scale, batch, head_kv, packed_row);
     const int i = row.rows.query(0);
     const KeyRange seen = visible_keys(p.masking.band, row.kv_length, i, i + 1);
+    if (seen.empty()) return false;  // and it may lie beyond 32 bits
     bool any = false;
     for (int j = int(seen.begin) + lane_index(); j < seen.end && !any; j += kWarpSize) {
       row.key = j;
@@ -115,12 +116,13 @@ class RowStatsKernel {
     const ScoreTile row = single_row(p, params.scale, batch, head_kv, packed_row);
     const int i = row.rows.query(0);
     const KeyRange seen = visible_keys(p.masking.band, row.kv_length, i, i + 1);
+    const int64_t end = kModified && seen.empty() ? 0 : seen.end;  // a row of a sink alone
     Partial part{kHidden, 0};
     if (kModified && p.score.sinks.present() && lane_index() == 0) {
       const float sink = load_head_value(p.score.sinks, batch, row.head + row.rows.head(0));
       if (sink != kHidden) part = {sink, 1};
     }
-    for (int j = int(seen.begin) + lane_index(); j < seen.end; j += kWarpSize) {
+    for (int j = int(seen.begin) + lane_index(); j < end; j += kWarpSize) {
       const float s = exact_score<T, kModified>(row, j).value;
       if (s == kHidden) continue;
       if (s > part.max) {
