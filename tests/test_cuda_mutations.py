@@ -108,7 +108,6 @@ MUTATIONS = [
     Mutation("head_sums_read_too_early", KEY_GRAD_MOD, HEAD, "    block_barrier();\n    double total", "    double total", "fault"),
     # ALiBi.
     Mutation("alibi_of_wrong_sign", FORWARD_MOD, SCORE, "fmaf(-slope,", "fmaf(slope,", "mismatch"),
-    Mutation("slopes_gradient_of_a_lane", KEY_GRAD_MOD, QUERY, "quad_sum(distances[half])", "distances[half]", "mismatch"),
     # Dropout.
     Mutation("dropout_one_key_on", FORWARD_MOD, DROPOUT, "uint32_t(words.x[i] >= threshold) << i", "uint32_t(words.x[i] >= threshold) << (i + 1) % 4", "mismatch"),
     Mutation("dropout_transposed_wrongly", KEY_GRAD_MOD, DROPOUT, "<< (turn ^ i)", "<< i", "mismatch"),

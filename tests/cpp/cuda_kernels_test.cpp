@@ -93,7 +93,7 @@ bool is_served(const CaseSpec& s) {
 FAE_CUDA_SUITE(CudaExtended);
 TEST_P(CudaExtended, MatchesTheOracle) {
   for (const CaseSpec& s : extended_cases()) {
-    if (is_served(s) && s.seq_kv < 1000) expect_exact(s, GetParam());
+    if (is_served(s) && s.seq_kv < 400) expect_exact(s, GetParam(), {2, 3});
   }
 }
 
@@ -113,7 +113,7 @@ TEST_P(CudaExtended, EveryBucket) {
 TEST_P(CudaExtended, Products) {
   std::mt19937 random(20261121);
   const auto one_in = [&](unsigned n) { return random() % n == 0; };
-  for (int i = 0; i < 12; ++i) {
+  for (int i = 0; i < 9; ++i) {
     CaseSpec s = shape("product", 2, 4, one_in(2) ? 2 : 4, 1 + int64_t(random() % 70),
                        1 + int64_t(random() % 90), 1 + int64_t(random() % 70), 1 + int64_t(random() % 70));
     s.name += std::to_string(i);
