@@ -111,7 +111,7 @@ MUTATIONS = [
     # Dropout.
     Mutation("dropout_one_key_on", FORWARD_MOD, DROPOUT, "uint32_t(words.x[i] >= threshold) << i", "uint32_t(words.x[i] >= threshold) << (i + 1) % 4", "mismatch"),
     Mutation("dropout_transposed_wrongly", KEY_GRAD_MOD, DROPOUT, "<< (turn ^ i)", "<< i", "mismatch"),
-    Mutation("dropout_not_reused_in_dq", KEY_GRAD_MOD, SCORE_GRAD, "if (dropout.present()) scale_kept", "if (false) scale_kept", "mismatch"),
+    Mutation("dropout_not_reused_in_dq", KEY_GRAD_MOD, SCORE_GRAD, "if (dropout.present()) {", "if (false) {", "mismatch"),
 ]  # fmt: skip
 
 

@@ -105,8 +105,9 @@ FAE_DEVICE void score_gradients(FragC (&s)[1][kN], FragC (&dp)[1][kN], FragC (*s
   }
   if constexpr (kModified) {
     const Dropout& dropout = tile.problem.dropout;
-    if (dropout.present())
+    if (dropout.present()) {
       scale_kept(dp[0], kept_elements<false, kN>(tile, row, 0), float(dropout.keep_scale));
+    }
   }
   FAE_UNROLL
   for (int n = 0; n < kN; ++n) {
