@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import _load
 from ._compiling import constant_when_compiled
+from ._options import Options
 from ._problem import heads_first
 
 # What `explain` and `build_info` have to say about them.
@@ -38,6 +39,13 @@ class Device(NamedTuple):
 
 MAX_DIM = 1024
 
+# Of `Options.features`, what no kernel knows.
+UNSERVED = (
+    "masks of documents, prefixes and trees",
+    "block-sparse masks",
+    "packed sequences",
+)
+
 # An A100, for tensors that are on no card: fake and meta ones. The emulator is like the smallest cards.
 A100 = Device(80, 163 << 10, 40 << 20)
 EMULATED = Device(80, 99 << 10, 32 << 20)
@@ -53,7 +61,9 @@ class _Query(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("shared_bytes", "l2_bytes")),
         *((name, ctypes.c_double) for name in ("scale", "softcap")),
         *((name, ctypes.c_int32) for name in ("dtype", "biased", "need_bias_grad", "backward")),
-        *((name, ctypes.c_int32) for name in ("deterministic", "fast_fp32", "compute_capability")),
+        *((name, ctypes.c_int32) for name in ("deterministic", "fast_fp32")),
+        *((name, ctypes.c_int32) for name in ("with_sinks", "need_sink_grad", "with_slopes")),
+        *((name, ctypes.c_int32) for name in ("need_slope_grad", "with_dropout", "compute_capability")),
     )
 
 
@@ -153,16 +163,13 @@ def query(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor | None,
-    layout: int,
-    scale: float | None,
-    softcap: float,
+    given: Options,
     device: Device,
     **options: bool,
 ) -> _Query:
-    """The planner's question; `options` are backward, need_bias_grad, deterministic and fast_fp32."""
-    q, k, v = (heads_first(t, layout) for t in (q, k, v))
-    shape = () if bias is None else tuple(bias.shape)
+    """The planner's question; `options` are backward, deterministic, fast_fp32 and the gradients needed."""
+    q, k, v = (heads_first(t, given.layout) for t in (q, k, v))
+    shape = () if given.bias is None else tuple(given.bias.shape)
     return _Query(
         batch=q.shape[0],
         heads_q=q.shape[1],
@@ -172,10 +179,13 @@ def query(
         dim=q.shape[3],
         dim_v=v.shape[3],
         dbias_shape=(ctypes.c_int64 * 4)(*(1,) * (4 - len(shape)), *shape),
-        scale=1.0 if scale is None else scale,
-        softcap=softcap,
+        scale=1.0 if given.scale is None else given.scale,
+        softcap=given.softcap,
         dtype=_DTYPES[q.dtype],
-        biased=bias is not None,
+        biased=given.bias is not None,
+        with_slopes=given.alibi_slopes is not None,
+        with_dropout=given.rng_state is not None,
+        with_sinks=given.sinks is not None,
         **device._asdict(),
         **options,
     )
@@ -217,20 +227,32 @@ def _objections(backend: str, device: torch.device, dtype: torch.dtype, dim: int
     return tuple(reasons)
 
 
-def explain(backend: str, call: tuple, deterministic: bool | None, backward: bool) -> dict:
-    """What of `introspect.Plan` is the kernels' own. `call`: as of the operators, up to the softcap.
+def explain(
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    given: Options,
+    deterministic: bool | None,
+    backward: bool,
+) -> dict:
+    """What of `introspect.Plan` is the kernels' own.
 
     Raises:
         NotImplementedError: the planner objects to something that no smaller call would have shown.
     """
-    q, k, v, _, bias, _, layout, *_, scale, softcap = call
     device = device_of(backend, q.device)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     fast_fp32 = q.dtype == torch.float32 and tf32_is_allowed()
-    need_bias_grad = backward and bias is not None and bias.requires_grad
     options = {"backward": backward, "deterministic": deterministic, "fast_fp32": fast_fp32}
-    question = query(q, k, v, bias, layout, scale, softcap, device, **options, need_bias_grad=need_bias_grad)
+    for name, option in (
+        ("need_bias_grad", given.bias),
+        ("need_slope_grad", given.alibi_slopes),
+        ("need_sink_grad", given.sinks),
+    ):
+        options[name] = backward and option is not None and option.requires_grad
+    question = query(q, k, v, given, device, **options)
     plan = BACKENDS[backend].planner.plan(question)
     if plan["objections"]:
         reasons = "; ".join(plan["objections"])

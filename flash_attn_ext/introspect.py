@@ -150,8 +150,7 @@ def explain(
             reasons = dispatch.objections(name, request)
             rejected[name] = reasons or [_why_not(name, chosen, backend, config)]
     if chosen in _cuda.BACKENDS:
-        call = (q, k, v, *options.plain())
-        native |= _cuda.explain(chosen, call, deterministic, backward)
+        native |= _cuda.explain(chosen, q, k, v, options, deterministic, backward)
     elif chosen != "cpu":
         heads_of = (heads_first(t, options.layout) for t in (q, k))
         native |= _plan_by_torch(chosen, *heads_of, blocks)

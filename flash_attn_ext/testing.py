@@ -41,10 +41,14 @@ def load_emulator(library: str | Path | None = None) -> None:
         torch.ops.load_library(str(path))
     except OSError as error:
         raise ImportError(f"{path} does not load in torch {torch.__version__} ({error})") from error
-    operators = ops.named("emulated")
-    fake.register(operators)
-    autograd.register(operators)
-    ops.BY_BACKEND[BACKEND] = operators
+    for name, family, by_backend in (
+        ("emulated", ops.PLAIN_FAMILY, ops.BY_BACKEND),
+        ("emulated_extended", ops.EXTENDED_FAMILY, ops.EXTENDED_BY_BACKEND),
+    ):
+        operators = ops.named(name, family)
+        fake.register(operators)
+        autograd.register(operators)
+        by_backend[BACKEND] = operators
     _cuda.BACKENDS[BACKEND] = _cuda.Backend(_cuda.Planner(path))
 
 

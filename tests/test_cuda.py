@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import Case, build
 from conftest import CARD, EMULATED, NO_CARD
+from harness import run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flash_attn_ext as fae
@@ -175,6 +176,42 @@ class TestEmulated:
         assert fast.workspace_bytes > slow.workspace_bytes > 0
         assert any("deterministic" in note for note in slow.notes)
 
+    def test_explain_of_extended_calls(self):
+        """They take the kernels of modified scores; a gradient of slopes takes the one that sees whole rows."""
+        q, k, v = half(1, 300, 4, 64)
+        options = {"backend": EMULATED.backend}
+        for given in (dict(sinks=torch.zeros(4)), dict(alibi_slopes=torch.ones(4)), dict(dropout_p=0.5)):
+            assert fae.explain(q, k, v, **given, **options).kernel.endswith("modified")
+        names = []
+        for given in (
+            dict(sinks=torch.zeros(4, requires_grad=True)),
+            dict(alibi_slopes=torch.ones(4, requires_grad=True)),
+            dict(alibi_slopes=torch.ones(4)),
+        ):
+            plan = fae.explain(q, k, v, **given, **options, backward=True)
+            names.append([kernel.split("_float16")[0] for kernel, _ in plan.launches])
+        assert names == [["row_stats", "key_grad", "round_query_grad", "head_grad"],
+                         ["row_stats", "key_grad", "query_grad", "head_grad"],
+                         ["row_stats", "key_grad", "round_query_grad"]]  # fmt: skip
+
+    @pytest.mark.parametrize("call", [fae.flash_attention, fae.explain])
+    def test_unserved_features_are_refused(self, call):
+        q, k, v = half(1, 8, 2, 16)
+        mask = fae.masks.DocumentMask(torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.int64))
+        with pytest.raises(NotImplementedError, match="do not know masks of documents"):
+            call(q, k, v, mask=mask, sinks=torch.zeros(2), backend=EMULATED.backend)
+
+    def test_gradients_per_head_do_not_depend_on_the_schedule(self):
+        """Also where atomics add up those of queries."""
+        case = Case("heads", batch=2, heads=(4, 2), seq=(70, 90), sinks="float32", alibi="h", dropout_p=0.2)
+        inputs = build(case, torch.bfloat16)
+        found = []
+        for seed in range(4):
+            fae.testing.set_emulator_seed(seed)
+            got = run(inputs, EMULATED.backend)
+            found.append([got["dsinks"], got["dalibi_slopes"]])
+        assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
     def test_deterministic_algorithms_of_torch_are_followed(self):
         q, k, v = half(1, 200, 2, 64)
         torch.use_deterministic_algorithms(True)
@@ -249,6 +286,15 @@ class TestEmulated:
                 "::" + name.replace("emulated_", "attention_").replace("emulated", "attention"), case
             )
             torch.library.opcheck(getattr(torch.ops.flash_attn_ext, name).default, arguments)
+
+    @pytest.mark.parametrize("end", ["", "_forward", "_forward_out", "_backward"])
+    def test_opcheck_extended(self, end):
+        from test_extended_ops import SMALL, op_arguments
+
+        case = Case("served", **SMALL, causal=True, alibi="bh", sinks="float64", dropout_p=0.3)
+        arguments = op_arguments("::attention_extended" + end, case)
+        op = getattr(torch.ops.flash_attn_ext, "emulated_extended" + end).default
+        torch.library.opcheck(op, arguments)
 
 
 def test_loader_gives_the_reason(tmp_path, monkeypatch):

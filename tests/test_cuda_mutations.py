@@ -25,8 +25,10 @@ FORWARD_FP32 = ("float", 1)
 SPLIT = ("BFloat16", 2)
 KEY_GRAD = ("BFloat16", 3)
 QUERY_GRAD = ("BFloat16", 4)
+# Those of modified scores; slopes of ALiBi bring the kernel of dQ along.
+FORWARD_MOD, KEY_GRAD_MOD = (("BFloat16", number) for number in (5, 7))
 KERNELS = {"forward": FORWARD, "forward_fp32": FORWARD_FP32, "split": SPLIT, "key_grad": KEY_GRAD,
-           "query_grad": QUERY_GRAD}  # fmt: skip
+           "query_grad": QUERY_GRAD, "forward_mod": FORWARD_MOD, "key_grad_mod": KEY_GRAD_MOD}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,10 @@ SMEM, SCORE, SOFTMAX = (f"csrc/cuda/tile/{name}.h" for name in ("smem_tile", "sc
 SCORE_GRAD = "csrc/cuda/tile/score_grad.h"
 FWD, KEY, QUERY = (f"csrc/cuda/sm80/{name}.h" for name in ("forward", "key_grad", "query_grad"))
 MASK, PARAMS = "csrc/core/mask.h", "csrc/cuda/params.h"
-STATS, ROUND = "csrc/cuda/bwd_aux/row_stats.h", "csrc/cuda/bwd_aux/round_query_grad.h"
+STATS, ROUND, HEAD = (
+    f"csrc/cuda/bwd_aux/{name}.h" for name in ("row_stats", "round_query_grad", "head_grad")
+)
+DROPOUT = "csrc/cuda/tile/dropout.h"
 
 MUTATIONS = [
     # Synchronisation: what a race detector or a poisoned copy has to see.
@@ -97,6 +102,16 @@ MUTATIONS = [
     Mutation("query_range_cut_short", KEY_GRAD, KEY, "int(queries.end) * group", "(int(queries.end) - 1) * group", "mismatch"),
     Mutation("first_query_tile_late", KEY_GRAD, KEY, "int(queries.begin) * group / kTileQ * kTileQ", "int(queries.begin) * group / kTileQ * kTileQ + kTileQ", "mismatch"),
     Mutation("dq_rounded_from_other_column", KEY_GRAD, ROUND, "load_global(sums + c) * scale", "load_global(sums + (c ^ 1)) * scale", "mismatch"),
+    # Sinks.
+    Mutation("sink_missing_in_lse", FORWARD_MOD, SOFTMAX, "lane_index() % 4 == 0 ? 1.0f : 0.0f", "lane_index() % 4 == 0 ? 0.0f : 0.0f", "mismatch"),
+    Mutation("sink_gains_of_blind_rows", KEY_GRAD_MOD, STATS, "(lse != sink || sees_any(params, batch, head_kv, row))", "true", "mismatch"),
+    Mutation("head_sums_read_too_early", KEY_GRAD_MOD, HEAD, "    block_barrier();\n    double total", "    double total", "fault"),
+    # ALiBi.
+    Mutation("alibi_of_wrong_sign", FORWARD_MOD, SCORE, "fmaf(-slope,", "fmaf(slope,", "mismatch"),
+    # Dropout.
+    Mutation("dropout_one_key_on", FORWARD_MOD, DROPOUT, "uint32_t(words.x[i] >= threshold) << i", "uint32_t(words.x[i] >= threshold) << (i + 1) % 4", "mismatch"),
+    Mutation("dropout_transposed_wrongly", KEY_GRAD_MOD, DROPOUT, "<< (turn ^ i)", "<< i", "mismatch"),
+    Mutation("dropout_not_reused_in_dq", KEY_GRAD_MOD, SCORE_GRAD, "if (dropout.present()) {", "if (false) {", "mismatch"),
 ]  # fmt: skip
 
 

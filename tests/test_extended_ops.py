@@ -9,7 +9,7 @@ import torch
 from cases import Case, build
 
 import flash_attn_ext as fae
-from flash_attn_ext import _extended, dispatch
+from flash_attn_ext import _cuda, _extended, dispatch
 from flash_attn_ext._options import EXTENDED_TENSORS, Options
 
 SMALL = dict(batch=2, heads=(4, 2), seq=(9, 13), dim=(8, 6))
@@ -26,8 +26,8 @@ CASES = [
 
 
 def registered_operators() -> list[str]:
-    """Those of the extended family, but of the emulated kernels, which refuse what is extended: they are there
-    once another test has loaded them."""
+    """Those of the extended family, but of the emulated kernels, which refuse some of what is extended: they are
+    there once another test has loaded them."""
     names = torch._C._dispatch_get_all_op_names()
     return sorted(
         n for n in names if n.startswith("flash_attn_ext::") and "_extended" in n and "emulated" not in n
@@ -200,6 +200,7 @@ def test_second_derivatives_are_refused(extended_target):
             torch.autograd.grad(grad.square().sum(), inputs[0], retain_graph=True)
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("name", ["alibi_slopes", "sinks"])
 def test_out_and_grad_and_changes(name, extended_target):
     q, k, v = (t.detach() for t in leaves()[:3])
@@ -239,7 +240,15 @@ def test_features_are_named():
     assert plain.features() == () and not plain.is_extended()
 
 
-@pytest.mark.parametrize("feature", FEATURES)
+def test_cuda_kernels_object_to_what_they_do_not_know():
+    device = torch.device("cuda")
+    request = dispatch.Request(device, torch.float16, 64, False, FEATURES)
+    reasons = "; ".join(dispatch.objections("cuda", request))
+    assert set(_cuda.UNSERVED) < set(FEATURES)
+    assert [feature for feature in FEATURES if feature in reasons] == list(_cuda.UNSERVED)
+
+
+@pytest.mark.parametrize("feature", _cuda.UNSERVED)
 def test_cuda_kernels_object_to_each_feature(feature, monkeypatch, caplog):
     """auto on CUDA tensors then takes portable, and says why."""
     device = torch.device("cuda")
@@ -265,5 +274,5 @@ def test_explain(extended_target):
     )
     plan = fae.explain(q, k, v, backend=extended_target.backend, **options)
     assert plan.backend == extended_target.backend and plan.flops > 0
-    assert all(feature in "; ".join(plan.rejected["cuda"]) for feature in FEATURES[:4])
+    assert FEATURES[3] in _cuda.UNSERVED and FEATURES[3] in "; ".join(plan.rejected["cuda"])
     assert fae.explain(q.to("meta"), k.to("meta"), v.to("meta"), sinks=sinks.to("meta")).flops > 0

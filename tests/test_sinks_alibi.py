@@ -32,6 +32,7 @@ def test_slopes_are_a_bias(options, extended_target):
         )
 
 
+@pytest.mark.cuda
 def test_slopes_see_distances_within_the_shifted_diagonal(extended_target):
     """One key has all the weight: that at i + seq_kv - seq_q, whatever the causal alignment."""
     q, k, v = torch.zeros(1, 3, 1, 4), torch.zeros(1, 5, 1, 4), torch.eye(5)[None, :, None]
@@ -56,6 +57,7 @@ def test_a_sink_is_a_key_without_a_value(options, extended_target):
     torch.testing.assert_close(lse, torch.logaddexp(exact.lse, sinks[:, None].expand_as(lse)))
 
 
+@pytest.mark.cuda
 def test_a_row_without_keys_has_the_lse_of_its_sink(extended_target):
     inputs = build(Case("blind", **BASE, lengths=(0, 33)), torch.float32)
     leaves = [t.detach().requires_grad_() for t in (inputs.q, inputs.k, inputs.v, torch.randn(4))]
@@ -70,6 +72,7 @@ def test_a_row_without_keys_has_the_lse_of_its_sink(extended_target):
         assert not any(g.any() for g in grads)
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("size", [-1e30, -1e4, 80.0, 1e4, 1e30])
 def test_far_sinks(size, extended_target):
     """A sink beyond exp's range on either side of the scores."""
@@ -83,6 +86,7 @@ def test_far_sinks(size, extended_target):
         assert out.abs().max() < 1e-25 and torch.equal(lse, torch.full_like(lse, size))
 
 
+@pytest.mark.cuda
 def test_a_sink_of_minus_infinity_is_none(extended_target):
     inputs = build(Case("none", **BASE, lengths=(0, 33)), torch.float32)
     torch.testing.assert_close(
@@ -208,6 +212,7 @@ def test_a_visible_nan_touches_only_the_rows_that_see_it(hide, where, extended_t
     assert not complaints(run(dirty, extended_target.backend), dirty, exact, errors)
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("name", ["sinks", "alibi_slopes"])
 def test_a_nan_in_one_head_stays_there(name, extended_target):
     inputs = build(Case("head", **BASE), torch.float32)

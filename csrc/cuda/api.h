@@ -36,16 +36,26 @@ struct Plan {
   std::vector<std::string> objections;
   Options options;
   Launch forward;
-  Launch row_stats, key_grad, query_grad, round_query_grad, bias_grad;  // backward, in this order
-  int64_t rows_padded = 0;                                              // backward, see RowStats
+  // Backward, in this order.
+  Launch row_stats, key_grad, query_grad, round_query_grad, bias_grad, head_grad;
+  int64_t rows_padded = 0;  // backward, see RowStats
   int64_t dim_padded = 0;
   size_t workspace_bytes = 0;
 };
 
+// Which gradients a caller will ask for, beyond those of q, k and v.
+struct MoreGradients {
+  const int64_t* dbias_shape = nullptr;  // null: none of the bias
+  bool dsinks = false, dalibi = false;
+};
+
 Plan plan_forward(const Problem& problem, const Device& device, const Options& options);
-// need_bias_grad: the caller will ask for dbias, of this shape.
 Plan plan_backward(const Problem& problem, const Device& device, const Options& options,
-                   const int64_t* dbias_shape);
+                   const MoreGradients& more = {});
+// What of that a call asks for.
+inline MoreGradients more_gradients(const BackwardCall& call) {
+  return {call.dbias.present() ? call.dbias_shape : nullptr, call.dsinks.present(), call.dalibi.present()};
+}
 
 // Begin the work on a stream; nothing waits. `workspace`: plan.workspace_bytes on the device,
 // aligned to 16 bytes. Throw std::runtime_error when a kernel cannot be launched.

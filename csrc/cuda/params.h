@@ -26,6 +26,11 @@ struct BlockOrder {
   FAE_HD int64_t blocks() const { return tiles * units; }
 };
 
+// Whether a problem takes the kernels that know more than softmax(scale * dot).
+FAE_HD inline bool is_modified(const Problem& p) {
+  return !p.score.is_plain() || p.score.sinks.present() || p.dropout.present();
+}
+
 // Constants of a score in fp32. Plain scores stay dot products until the exponent.
 struct ScoreScale {
   float natural = 1;         // score = natural * value
@@ -52,6 +57,8 @@ struct RowStats {
   float* lse = nullptr;      // natural; +inf for rows without keys and for padding, so that P is 0
   float* lse_low = nullptr;  // what rounding lse left over, to be added to it
   float* delta = nullptr;    // rowsum(dO * O) - dlse
+  float* dsink = nullptr;    // terms of the sinks' gradient, or none
+  float* dalibi = nullptr;   // terms of the slopes' gradient, or none
   int64_t rows_padded = 0;
 };
 

@@ -45,6 +45,11 @@ class EmulatedMachine {
     if (call.dbias.present()) {
       write("dbias", call.dbias, {shape[0], shape[1], shape[2], shape[3]}, p.score.bias_dtype);
     }
+    if (call.dalibi.present()) {
+      write("dalibi_slopes", heads_of(call.dalibi), {p.batch, p.heads_q, 1, 1}, call.dalibi.dtype);
+    }
+    if (call.dsinks.present())
+      write("dsinks", heads_of(call.dsinks), {1, p.heads_q, 1, 1}, call.dsinks.dtype);
   }
 
   const cuda::Device& device() const { return device_; }
@@ -74,6 +79,13 @@ class EmulatedMachine {
     const Shape scores = {p.batch, p.heads_q, p.seq_q, p.seq_kv};
     if (p.masking.mask.present()) read("mask", p.masking.mask, scores, DType::kBool);
     if (p.score.bias.present()) read("bias", p.score.bias, scores, p.score.bias_dtype);
+    const PerHead &slopes = p.score.alibi, &sinks = p.score.sinks;
+    if (slopes.present()) read("alibi_slopes", heads_of(slopes), {p.batch, p.heads_q, 1, 1}, slopes.dtype);
+    if (sinks.present()) read("sinks", heads_of(sinks), {1, p.heads_q, 1, 1}, sinks.dtype);
+    if (p.dropout.present()) {
+      const View4 state = {const_cast<int64_t*>(p.dropout.state), {p.dropout.state_stride, 0, 0, 0}};
+      read("rng_state", state, {2, 1, 1, 1}, DType::kInt64);
+    }
     const Lengths& lengths = p.masking.kv_lengths;
     if (lengths.data) {
       const View4 view = {const_cast<void*>(lengths.data), {lengths.stride, 0, 0, 0}};
@@ -84,6 +96,10 @@ class EmulatedMachine {
   template <class Void>
   static View4 rows_of(const RowValues<Void>& values) {
     return {const_cast<void*>(values.data), {values.batch_stride, values.head_stride, 1, 0}};
+  }
+
+  static View4 heads_of(const PerHead& values) {
+    return {values.data, {values.stride[0], values.stride[1], 0, 0}};
   }
 
   static emu::Extent extent_of(const View4& view, const Shape& shape, DType dtype) {

@@ -35,9 +35,8 @@ void cuda_forward(const ForwardCall& call, Place place, const RunOptions& option
 template <class Machine>
 void cuda_backward(const BackwardCall& call, Place place, const RunOptions& options) {
   Machine machine(place, call);
-  const cuda::Plan plan =
-      cuda::plan_backward(call.problem, machine.device(), {options.deterministic, options.tf32},
-                          call.dbias.present() ? call.dbias_shape : nullptr);
+  const cuda::Plan plan = cuda::plan_backward(
+      call.problem, machine.device(), {options.deterministic, options.tf32}, cuda::more_gradients(call));
   refuse_objections(plan);
   // Torch's allocator gives it to nobody else before this stream has passed.
   const int64_t count = int64_t(plan.workspace_bytes / sizeof(float));

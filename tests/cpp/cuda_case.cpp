@@ -49,6 +49,9 @@ class Ranges {
     read(c.k, "k");
     read(c.v, "v");
     if (c.spec.bias != Extent::kNone) read(c.bias, "bias");
+    read(c.slopes, "alibi_slopes");
+    read(c.sinks, "sinks");
+    if (c.spec.dropout_p > 0) read(c.rng_state, sizeof(c.rng_state), "rng_state");
     if (c.mask) read(c.mask->data(), c.mask->size(), "mask");
     if (c.lengths32) read(c.lengths32->data(), c.lengths32->size() * 4, "kv_lengths");
     if (c.lengths64) read(c.lengths64->data(), c.lengths64->size() * 8, "kv_lengths");
@@ -96,9 +99,8 @@ void run_planned(Ranges& ranges, Case& c, const ForwardCall& call, size_t lse_by
 
 void run_planned(Ranges& ranges, Case& c, const BackwardCall& call, const EmulatedRun& run) {
   set_options(run);
-  const bool biased = call.dbias.present();
   const cuda::Plan plan =
-      cuda::plan_backward(call.problem, run.device, run.options, biased ? call.dbias_shape : nullptr);
+      cuda::plan_backward(call.problem, run.device, run.options, cuda::more_gradients(call));
   require(plan);
   struct alignas(256) Block { std::byte bytes[256]; };  // as an allocator on a device aligns
   std::vector<Block> workspace(plan.workspace_bytes / 256 + 1);
@@ -112,7 +114,9 @@ void run_planned(Ranges& ranges, Case& c, const BackwardCall& call, const Emulat
   ranges.write(c.dq, "dq");
   ranges.write(c.dk, "dk");
   ranges.write(c.dv, "dv");
-  if (biased) ranges.write(c.dbias, "dbias");
+  if (call.dbias.present()) ranges.write(c.dbias, "dbias");
+  if (call.dalibi.present()) ranges.write(c.dalibi, "dalibi_slopes");
+  if (call.dsinks.present()) ranges.write(c.dsinks, "dsinks");
   cuda::backward(call, plan, workspace.data(), nullptr);
 }
 
@@ -138,11 +142,12 @@ ForwardResult run_forward(Case& c, const EmulatedRun& run) {
 
 BackwardResult run_backward(Case& c, const EmulatedRun& run) {
   run_forward(c, run);
-  for (HostTensor* t : {&c.dq, &c.dk, &c.dv, &c.dbias}) t->fill(std::nan(""));
+  for (HostTensor* t : {&c.dq, &c.dk, &c.dv, &c.dbias, &c.dalibi, &c.dsinks}) t->fill(std::nan(""));
   Ranges ranges;
   run_planned(ranges, c, c.backward_call(), run);
   ranges.check_outputs();
-  return {c.dq.values(), c.dk.values(), c.dv.values(), c.dbias.values()};
+  return {c.dq.values(),    c.dk.values(),     c.dv.values(),
+          c.dbias.values(), c.dalibi.values(), c.dsinks.values()};
 }
 
 }  // namespace fae::testing

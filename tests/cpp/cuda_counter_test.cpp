@@ -174,7 +174,7 @@ TEST_P(CudaWork, BackwardDoesVisibleTilesAlone) {
       SCOPED_TRACE(spec.name + (pass == Pass::kOrdered ? " ordered" : ""));
       Case c(spec);
       const EmulatedRun run = run_of(pass, false);
-      const cuda::Plan plan = cuda::plan_backward(c.problem, run.device, run.options, nullptr);
+      const cuda::Plan plan = cuda::plan_backward(c.problem, run.device, run.options);
       const cuda::Variant& v = *plan.key_grad.variant;
       ASSERT_EQ(v.dim, 64);
       const Tiles tiles = visible_tiles(c, v.tile_q, v.tile_kv);

@@ -1,6 +1,7 @@
 // The CUDA kernels against the double oracle, on the host emulator.
 #include <cmath>
 #include <initializer_list>
+#include <random>
 
 #include "cuda_test.h"
 
@@ -82,6 +83,53 @@ TEST_P(CudaBuckets, MatchesTheOracle) {
   check(shape("d256", 1, 1, 1, 130, 90, 256, 256), Causal::kBottomRight);
   check(shape("d200", 1, 1, 1, 20, 90, 200, 136), Causal::kNone);
   check(shape("d300", 1, 2, 1, 70, 90, 300, 260), Causal::kBottomRight);
+}
+
+// What extended calls have, as far as the kernels know it.
+bool is_served(const CaseSpec& s) {
+  return s.intervals == 0 && s.mask_block_q == 1 && s.mask_block_kv == 1 && s.starts_q.empty();
+}
+
+FAE_CUDA_SUITE(CudaExtended);
+TEST_P(CudaExtended, MatchesTheOracle) {
+  for (const CaseSpec& s : extended_cases()) {
+    if (is_served(s) && s.seq_kv < 400) expect_exact(s, GetParam(), {2, 3});
+  }
+}
+
+// Every tile size, with all of it at once.
+TEST_P(CudaExtended, EveryBucket) {
+  for (const int64_t dim : {64, 96, 128, 256, 300}) {
+    CaseSpec s = shape("bucket", 1, 2, 1, 40, 75, dim, dim);
+    s.causal = Causal::kBottomRight;
+    s.alibi = s.sinks = s.dlse = true;
+    s.dropout_p = 0.3;
+    s.softcap = dim == 96 ? 2 : 0;
+    expect_exact(s, GetParam(), {dim == 128 ? 3 : 2});
+  }
+}
+
+// Two heads of a batch of three, in problems that nobody chose.
+TEST_P(CudaExtended, Products) {
+  std::mt19937 random(20261121);
+  const auto one_in = [&](unsigned n) { return random() % n == 0; };
+  for (int i = 0; i < 9; ++i) {
+    CaseSpec s = shape("product", 2, 4, one_in(2) ? 2 : 4, 1 + int64_t(random() % 70),
+                       1 + int64_t(random() % 90), 1 + int64_t(random() % 70), 1 + int64_t(random() % 70));
+    s.name += std::to_string(i);
+    s.causal = one_in(2) ? Causal::kNone : one_in(2) ? Causal::kTopLeft : Causal::kBottomRight;
+    if (one_in(3)) s.window_left = 9;
+    if (one_in(3)) s.softcap = 2;
+    if (one_in(3)) s.mask = Extent::kFull;
+    if (one_in(3)) s.bias = Extent::kPerHead, s.bias_hidden = 0.2;
+    if (one_in(3)) s.kv_lengths = {s.seq_kv / 2, s.seq_kv};
+    s.alibi = one_in(2);
+    s.alibi_per_batch = s.alibi && one_in(2);
+    s.sinks = !s.alibi || one_in(2);
+    s.dropout_p = one_in(2) ? 0.3 : 0;
+    s.dlse = one_in(2);
+    expect_exact(s, GetParam(), {1 + i % 3});
+  }
 }
 
 // All of the above are small; the number of blocks and of tiles in a block is not.

@@ -1,14 +1,16 @@
 // A few kernels and the problems that show whether they are right: compiled by
 // tests/test_cuda_mutations.py against sources with a deliberate fault.
 //
-// FAE_TYPE: element type. FAE_KERNELS: which kernels, one of the numbers below. Returns 0 when
-// nothing is wrong; else prints "fault: ..." (of the emulator) or "mismatch: ..." and returns 1.
+// FAE_TYPE: element type. FAE_KERNELS: which kernels, one of the numbers below, plus 4 for those of modified
+// scores. Returns 0 when nothing is wrong; else prints "fault: ..." (of the emulator) or "mismatch: ..." and
+// returns 1.
 #include <cmath>
 #include <cstdio>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "cuda/bwd_aux/head_grad.h"
 #include "cuda/bwd_aux/round_query_grad.h"
 #include "cuda/bwd_aux/row_stats.h"
 #include "cuda/launch/launch.h"
@@ -22,32 +24,36 @@
 #define FAE_FORWARD_SPLIT 2  // any, in slices
 #define FAE_KEY_GRAD 3       // with atomics for dQ
 #define FAE_QUERY_GRAD 4
+#define FAE_PASS ((FAE_KERNELS - 1) % 4 + 1)
 
 namespace fae::cuda {
 namespace {
 
 constexpr DType kType = DTypeOf<FAE_TYPE>::value;
-constexpr bool kBackward = FAE_KERNELS >= FAE_KEY_GRAD;
+constexpr bool kBackward = FAE_PASS >= FAE_KEY_GRAD;
+constexpr bool kModified = FAE_KERNELS > 4;
 
-#if FAE_KERNELS == FAE_FORWARD
+#if FAE_PASS == FAE_FORWARD
 const AddVariant kForward{
-    make_variant<sm80::Forward<FAE_TYPE, 64, false, false>>(Pass::kForward, kType, 64, false, false)};
-#elif FAE_KERNELS == FAE_FORWARD_SPLIT
+    make_variant<sm80::Forward<FAE_TYPE, 64, false, kModified>>(Pass::kForward, kType, 64, false, kModified)};
+#elif FAE_PASS == FAE_FORWARD_SPLIT
 constexpr int kSlice = sizeof(FAE_TYPE) == 2 ? 128 : 64;
 const AddVariant kForward{
     make_variant<sm80::Forward<FAE_TYPE, kSlice, true, false>>(Pass::kForward, kType, kSlice, true, false)};
 #else
-const AddVariant kRowStats(make_variant<RowStatsKernel<FAE_TYPE, false>>(Pass::kRowStats, kType, 0, true,
-                                                                         false));
+const AddVariant kRowStats(make_variant<RowStatsKernel<FAE_TYPE, kModified>>(Pass::kRowStats, kType, 0, true,
+                                                                             kModified));
 const AddVariant kKeyGrad{
-    make_variant<sm80::KeyGrad<FAE_TYPE, 64, false, false>>(Pass::kKeyGrad, kType, 64, false, false)};
-#if FAE_KERNELS == FAE_KEY_GRAD
+    make_variant<sm80::KeyGrad<FAE_TYPE, 64, false, kModified>>(Pass::kKeyGrad, kType, 64, false, kModified)};
+#if FAE_PASS == FAE_KEY_GRAD
 const AddVariant kRound{
-    make_variant<RoundQueryGrad<FAE_TYPE, false>>(Pass::kRoundQueryGrad, kType, 0, true, false)};
-#else
-const AddVariant kQueryGrad{
-    make_variant<sm80::QueryGrad<FAE_TYPE, 64, false, false>>(Pass::kQueryGrad, kType, 64, false, false)};
+    make_variant<RoundQueryGrad<FAE_TYPE, kModified>>(Pass::kRoundQueryGrad, kType, 0, true, kModified)};
 #endif
+#if FAE_PASS == FAE_QUERY_GRAD || FAE_KERNELS > 4  // which slopes of ALiBi need in any case
+const AddVariant kQueryGrad{make_variant<sm80::QueryGrad<FAE_TYPE, 64, false, kModified>>(
+    Pass::kQueryGrad, kType, 64, false, kModified)};
+#endif
+const AddVariant kHeadGrad(make_variant<HeadGrad<FAE_TYPE>>(Pass::kHeadGrad, kType, 0, true, true));
 #endif
 
 }  // namespace
@@ -65,7 +71,24 @@ std::vector<CaseSpec> problems() {
     s.window_right = right;
     all.push_back(s);
   };
-  if (FAE_KERNELS == FAE_FORWARD_SPLIT) {
+  if (cuda::kModified) {
+    add(shape("sinks", 2, 6, 2, 37, 70, 40, 56), Causal::kBottomRight);
+    all.back().sinks = true;
+    add(shape("sinks_of_blind_rows", 1, 2, 1, 90, 60, 64, 64), Causal::kBottomRight);
+    all.back().sinks = all.back().dlse = true;
+    add(shape("alibi", 2, 6, 2, 37, 70, 40, 56), Causal::kBottomRight);
+    all.back().alibi = all.back().alibi_per_batch = true;
+    add(shape("alibi_softcap", 2, 2, 1, 90, 60, 64, 64));
+    all.back().alibi = true;
+    all.back().softcap = 2;
+    add(shape("dropout", 2, 6, 2, 37, 70, 40, 56), Causal::kBottomRight);
+    all.back().dropout_p = 0.3;
+    add(shape("everything", 1, 4, 2, 40, 70, 64, 64), Causal::kBottomRight, 50);
+    all.back().alibi = all.back().sinks = all.back().dlse = true;
+    all.back().dropout_p = 0.4;
+    return all;
+  }
+  if (FAE_PASS == FAE_FORWARD_SPLIT) {
     // The last item of the ring is in its first slot, and in its second.
     add(shape("odd_items", 1, 1, 1, 70, 90, 200, 264));
     add(shape("even_items", 1, 2, 1, 70, 90, 264, 200), Causal::kBottomRight);
@@ -132,6 +155,8 @@ std::string wrong_backward(Case& c, const EmulatedRun& run) {
   std::string text = mismatch(c.dq.values(), wanted.dq, tolerance);
   if (text.empty()) text = mismatch(c.dk.values(), wanted.dk, tolerance);
   if (text.empty()) text = mismatch(c.dv.values(), wanted.dv, tolerance);
+  if (text.empty()) text = mismatch(c.dalibi.values(), wanted.dalibi, tolerance);
+  if (text.empty()) text = mismatch(c.dsinks.values(), wanted.dsinks, tolerance);
   return text;
 }
 
@@ -144,7 +169,7 @@ int run_all() {
       run.device = device_of(spec);
       run.count = seed == 1;
       cuda::emu::reset_counters();
-      run.options.deterministic = FAE_KERNELS == FAE_QUERY_GRAD;
+      run.options.deterministic = FAE_PASS == FAE_QUERY_GRAD;
       std::string text;
       try {
         text = cuda::kBackward ? wrong_backward(c, run) : wrong_forward(c, run);

@@ -38,7 +38,7 @@ Device device(int64_t shared_bytes) {
 Plan backward_plan(const Problem& p, int64_t shared_bytes, bool deterministic = false) {
   Options options;
   options.deterministic = deterministic;
-  return plan_backward(p, device(shared_bytes), options, nullptr);
+  return plan_backward(p, device(shared_bytes), options);
 }
 
 TEST(CudaBlockOrder, EveryPlaceOnce) {
@@ -184,15 +184,44 @@ TEST(CudaPlan, GridsCoverRowsAndKeys) {
   EXPECT_EQ(split.query_grad.blocks, units * 5 * tiles(rows, split.query_grad.variant->tile_q));
 }
 
+// Sums over a row of dS are made where whole rows are seen.
+TEST(CudaPlan, GradientsPerHead) {
+  Problem p = problem(DType::kBFloat16, 64);
+  char some;
+  p.score.sinks.data = p.score.alibi.data = &some;
+  const Plan none = plan_backward(p, device(kLarge), {});
+  EXPECT_EQ(none.head_grad.variant, nullptr);
+  EXPECT_TRUE(none.key_grad.variant->modified);
+  MoreGradients more;
+  more.dsinks = true;
+  const Plan sinks = plan_backward(p, device(kLarge), {}, more);
+  EXPECT_EQ(sinks.head_grad.blocks, 6);
+  EXPECT_EQ(sinks.query_grad.variant, nullptr);
+  EXPECT_EQ(sinks.workspace_bytes, none.workspace_bytes + size_t(4 * 256 * 4));
+  more.dalibi = true;
+  const Plan both = plan_backward(p, device(kLarge), {}, more);
+  EXPECT_NE(both.query_grad.variant, nullptr);
+  EXPECT_EQ(both.round_query_grad.variant, nullptr);
+  EXPECT_EQ(both.workspace_bytes, size_t(4 * 256 * 4 * 5));
+}
+
+TEST(CudaPlan, SinksAndDropoutAreNoPlainScores) {
+  Problem p = problem(DType::kFloat16, 64);
+  const int64_t state[2] = {1, 2};
+  EXPECT_FALSE(plan_forward(p, device(kLarge), {}).forward.variant->modified);
+  p.dropout = make_dropout(0.1, state, 1);
+  EXPECT_TRUE(plan_forward(p, device(kLarge), {}).forward.variant->modified);
+}
+
 TEST(CudaPlan, BiasGradientByItsShape) {
   Problem p = problem(DType::kFloat16, 64);
   char bias;
   p.score.bias.data = &bias;
   const auto blocks = [&](int64_t b, int64_t h, int64_t q, int64_t k) {
     const int64_t shape[4] = {b, h, q, k};
-    return plan_backward(p, device(kLarge), {}, shape).bias_grad.blocks;
+    return plan_backward(p, device(kLarge), {}, {shape}).bias_grad.blocks;
   };
-  EXPECT_EQ(plan_backward(p, device(kLarge), {}, nullptr).bias_grad.variant, nullptr);
+  EXPECT_EQ(plan_backward(p, device(kLarge), {}).bias_grad.variant, nullptr);
   EXPECT_EQ(blocks(2, 6, 70, 300), 2 * 6 * 2 * 5);
   EXPECT_EQ(blocks(1, 6, 70, 1), 6 * 2);
   EXPECT_EQ(blocks(1, 1, 1, 1), 1);
@@ -213,7 +242,7 @@ TEST(CudaPlan, SectionsFollowTheCache) {
 }
 
 std::string objection(const Problem& p, const Device& d) {
-  const Plan forward = plan_forward(p, d, {}), backward = plan_backward(p, d, {}, nullptr);
+  const Plan forward = plan_forward(p, d, {}), backward = plan_backward(p, d, {});
   EXPECT_EQ(forward.objections.size(), 1u);
   EXPECT_FALSE(backward.objections.empty());
   return forward.objections.empty() ? "" : forward.objections[0];

@@ -19,15 +19,16 @@ void spoil(HostTensor& x, double special, bool every_third) {
 }
 
 // Problems that hide keys from rows in every way, and one of several key tiles.
-constexpr const char* kHiding[] = {"causal_square", "window_causal",  "mask_full",
-                                   "bias_hides",    "lengths_causal", "softcap_bias_mask_causal"};
+constexpr const char* kHiding[] = {"causal_square", "window_causal",     "mask_full",
+                                   "bias_hides",    "lengths_causal",    "softcap_bias_mask_causal",
+                                   "sinks_mask",    "alibi_softcap_bias"};
 
 FAE_CUDA_SUITE(CudaSpecialForward);
 
 // What a row does not see does not reach it; what it sees does as in exact arithmetic.
 TEST_P(CudaSpecialForward, ReachesOnlyTheRowsThatSeeIt) {
   std::vector<std::string> names(std::begin(kHiding), std::end(kHiding));
-  names.insert(names.end(), {"group_3", "key_blocks", "ragged"});
+  names.insert(names.end(), {"group_3", "key_blocks", "ragged", "dropout_causal"});
   for (const std::string& name : names) {
     for (double special : kSpecials) {
       for (int which = 0; which < 3; ++which) {

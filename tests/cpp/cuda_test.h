@@ -28,11 +28,15 @@ inline void expect_close(const Case& c, const BackwardResult& got, const Backwar
   EXPECT_EQ(mismatch(got.dv, wanted.dv, tolerance), "") << "dv";
   const double bias_tolerance = std::max(tolerance, backward_tolerance(c.spec.bias_dtype) / 4);
   EXPECT_EQ(mismatch(got.dbias, wanted.dbias, bias_tolerance), "") << "dbias";
+  // What rounding of 16-bit out takes from delta is multiplied by distances.
+  const double slope_tolerance = c.spec.dtype == DType::kFloat32 ? tolerance : 6 * tolerance;
+  EXPECT_EQ(mismatch(got.dalibi, wanted.dalibi, slope_tolerance), "") << "dalibi_slopes";
+  EXPECT_EQ(mismatch(got.dsinks, wanted.dsinks, tolerance), "") << "dsinks";
 }
 
 inline bool identical_all(const BackwardResult& a, const BackwardResult& b) {
   return identical(a.dq, b.dq) && identical(a.dk, b.dk) && identical(a.dv, b.dv) &&
-         identical(a.dbias, b.dbias);
+         identical(a.dbias, b.dbias) && identical(a.dalibi, b.dalibi) && identical(a.dsinks, b.dsinks);
 }
 
 }  // namespace fae::testing

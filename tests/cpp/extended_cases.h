@@ -26,6 +26,11 @@ inline const std::vector<CaseSpec>& extended_cases() {
       s.mask = Extent::kFull;
       s.mask_visible = 0.05;
     });
+    add(shape("sinks_window_nothing", 1, 2, 1, 10, 80, 16, 16), [](CaseSpec& s) {
+      s.sinks = true;
+      s.causal = Causal::kTopLeft;
+      s.window_left = 3;
+    });
     add(shape("alibi", 2, 4, 2, 21, 77, 16, 16), [](CaseSpec& s) { s.alibi = true; });
     add(shape("alibi_per_batch", 2, 4, 2, 40, 40, 16, 16), [](CaseSpec& s) {
       s.alibi = s.alibi_per_batch = true;

@@ -45,7 +45,7 @@ class RowStatsKernel {
     const Problem& p = params.call.problem;
     const int64_t at = unit * params.stats.rows_padded + row;
     double lse = __builtin_inf();
-    float low = 0, delta = 0;
+    float low = 0, delta = 0, dsink = 0;
     if (row < p.packed_rows()) {
       const int batch = int(unit / p.heads_kv), head_kv = int(unit % p.heads_kv);
       const PackedRows rows(row, p.group());
@@ -66,15 +66,44 @@ class RowStatsKernel {
         }
       }
       if (is_finite(float(base))) low = float(base - double(float(base))) + log_sum;
-      lse = base;
       delta =
           dot_rows(params, params.call.out.offset(batch, head, i), params.call.dout.offset(batch, head, i));
       if (params.call.dlse.present()) delta -= float(load_lse(params.call.dlse, batch, head, i));
+      if constexpr (kModified) {
+        if (params.stats.dsink) {
+          const float sink = load_head_value(p.score.sinks, batch, head);
+          // The log-sum-exp is the sink alone for rows without keys, to which nothing has a gradient.
+          if (sink != kHidden && (lse != sink || sees_any(params, batch, head_kv, row))) {
+            dsink = -probability_of_sink((sink - base) - log_sum) * delta;
+          }
+        }
+      }
+      lse = base;
     }
     if (lane_index() != 0) return;
     store_global(params.stats.lse + at, float(lse));
     store_global(params.stats.lse_low + at, low);
     store_global(params.stats.delta + at, delta);
+    if (kModified && params.stats.dsink) store_global(params.stats.dsink + at, dsink);
+  }
+
+  static FAE_DEVICE float probability_of_sink(double above_lse) {
+    if constexpr (kWideLse) return float(exp(above_lse));
+    else return expf(float(above_lse));
+  }
+
+  static FAE_DEVICE_COLD bool sees_any(const Params& params, int batch, int head_kv, int packed_row) {
+    const Problem& p = params.call.problem;
+    ScoreTile row = single_row(p, params.scale, batch, head_kv, packed_row);
+    const int i = row.rows.query(0);
+    const KeyRange seen = visible_keys(p.masking.band, row.kv_length, i, i + 1);
+    if (seen.empty()) return false;  // and it may lie beyond 32 bits
+    bool any = false;
+    for (int j = int(seen.begin) + lane_index(); j < seen.end && !any; j += kWarpSize) {
+      row.key = j;
+      any = sees_key(row) && pair_bias(row) != kHidden;
+    }
+    return warp_ballot(any) != 0;
   }
 
   struct Partial { float max, sum; };
@@ -87,8 +116,13 @@ class RowStatsKernel {
     const ScoreTile row = single_row(p, params.scale, batch, head_kv, packed_row);
     const int i = row.rows.query(0);
     const KeyRange seen = visible_keys(p.masking.band, row.kv_length, i, i + 1);
+    const int64_t end = kModified && seen.empty() ? 0 : seen.end;  // a row of a sink alone
     Partial part{kHidden, 0};
-    for (int j = int(seen.begin) + lane_index(); j < seen.end; j += kWarpSize) {
+    if (kModified && p.score.sinks.present() && lane_index() == 0) {
+      const float sink = load_head_value(p.score.sinks, batch, row.head + row.rows.head(0));
+      if (sink != kHidden) part = {sink, 1};
+    }
+    for (int j = int(seen.begin) + lane_index(); j < end; j += kWarpSize) {
       const float s = exact_score<T, kModified>(row, j).value;
       if (s == kHidden) continue;
       if (s > part.max) {

@@ -40,6 +40,7 @@ T exchange_xor(T value, int mask, const Where& where) {
 
 float shuffle_xor(float value, int mask, Where where) { return exchange_xor(value, mask, where); }
 double shuffle_xor(double value, int mask, Where where) { return exchange_xor(value, mask, where); }
+uint32_t shuffle_xor(uint32_t value, int mask, Where where) { return exchange_xor(value, mask, where); }
 
 float shuffle(float value, int lane, Where where) {
   if (lane < 0 || lane >= int(kLanes))

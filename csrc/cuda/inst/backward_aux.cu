@@ -1,4 +1,5 @@
 // The backward pass's kernels for every head dim, of one element type, given by the build as FAE_TYPE.
+#include "cuda/bwd_aux/head_grad.h"
 #include "cuda/bwd_aux/round_query_grad.h"
 #include "cuda/bwd_aux/row_stats.h"
 #include "cuda/launch/launch.h"
@@ -19,6 +20,7 @@ const AddVariant kRoundModified(make_variant<RoundQueryGrad<FAE_TYPE, true>>(Pas
                                                                              true, true));
 const AddVariant kBiasGrad(make_variant<sm80::BiasGrad<FAE_TYPE, 64>>(Pass::kBiasGrad, kType, 64, true,
                                                                       true));
+const AddVariant kHeadGrad(make_variant<HeadGrad<FAE_TYPE>>(Pass::kHeadGrad, kType, 0, true, true));
 
 }  // namespace
 }  // namespace fae::cuda

@@ -8,8 +8,9 @@
 namespace fae::cuda {
 namespace {
 
-// Any address: whether there is a bias matters, not where.
+// Any address: whether there is a bias, or sinks and such, matters, not where.
 char somewhere[1];
+const int64_t no_state = 0;
 
 Problem problem_of(const FaeCudaQuery& query) {
   Problem p;
@@ -24,6 +25,9 @@ Problem problem_of(const FaeCudaQuery& query) {
   p.score.scale = query.scale;
   p.score.softcap = query.softcap;
   if (query.biased) p.score.bias.data = somewhere;
+  if (query.with_slopes) p.score.alibi.data = somewhere;
+  if (query.with_dropout) p.dropout.state = &no_state;
+  if (query.with_sinks) p.score.sinks.data = somewhere;
   return p;
 }
 
@@ -47,7 +51,7 @@ std::string text_of(const Plan& plan) {
     objections += (objections.empty() ? "" : ", ") + quoted(objection);
   }
   for (const Launch* launch : {&plan.forward, &plan.row_stats, &plan.key_grad, &plan.query_grad,
-                               &plan.round_query_grad, &plan.bias_grad}) {
+                               &plan.round_query_grad, &plan.bias_grad, &plan.head_grad}) {
     if (!launch->variant) continue;
     launches += (launches.empty() ? "{" : ", {") + fields_of(*launch->variant) + ", " +
                 number("blocks", launch->blocks) + "}";
@@ -69,8 +73,9 @@ int64_t fae_cuda_plan(const FaeCudaQuery* query, char* text, int64_t size) {
   const fae::Problem problem = problem_of(*query);
   const Device device{query->compute_capability, query->shared_bytes, query->l2_bytes};
   const Options options{query->deterministic != 0, query->fast_fp32 != 0};
-  const int64_t* const dbias_shape = query->need_bias_grad ? query->dbias_shape : nullptr;
-  return hand_out(text_of(query->backward ? plan_backward(problem, device, options, dbias_shape)
+  const MoreGradients more{query->need_bias_grad ? query->dbias_shape : nullptr, query->need_sink_grad != 0,
+                           query->need_slope_grad != 0};
+  return hand_out(text_of(query->backward ? plan_backward(problem, device, options, more)
                                           : plan_forward(problem, device, options)),
                   text, size);
 }

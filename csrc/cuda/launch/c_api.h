@@ -15,6 +15,7 @@ struct FaeCudaQuery {
   double scale, softcap;
   int32_t dtype;  // fae::DType
   int32_t biased, need_bias_grad, backward, deterministic, fast_fp32;
+  int32_t with_sinks, need_sink_grad, with_slopes, need_slope_grad, with_dropout;
   int32_t compute_capability;
 };
 

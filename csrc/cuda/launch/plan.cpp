@@ -61,9 +61,6 @@ Plan begin(const Problem& p, const Device& device, const Options& options) {
   }
   if (p.dtype == DType::kFloat64) plan.objections.push_back("there are no CUDA kernels for float64");
   const std::pair<bool, const char*> unserved[] = {
-      {p.score.alibi.present(), "alibi_slopes"},
-      {p.score.sinks.present(), "sinks"},
-      {p.dropout.present(), "dropout_p"},
       {p.masking.intervals.present(), "row_labels"},
       {p.masking.mask.present() && !p.masking.mask.dense(), "a block-sparse mask"},
       {p.packing.present(), "cu_seqlens_q"},
@@ -80,7 +77,7 @@ Plan begin(const Problem& p, const Device& device, const Options& options) {
 
 void check_grids(Plan* plan) {
   for (const Launch* launch : {&plan->forward, &plan->row_stats, &plan->key_grad, &plan->query_grad,
-                               &plan->round_query_grad, &plan->bias_grad}) {
+                               &plan->round_query_grad, &plan->bias_grad, &plan->head_grad}) {
     if (launch->blocks > std::numeric_limits<int>::max()) {
       plan->objections.push_back("the grid would have more than 2^31 blocks");
       return;
@@ -93,7 +90,7 @@ void check_grids(Plan* plan) {
 Plan plan_forward(const Problem& p, const Device& device, const Options& options) {
   Plan plan = begin(p, device, options);
   if (!plan.objections.empty()) return plan;
-  choose(&plan, &plan.forward, Pass::kForward, p, !p.score.is_plain(), device);
+  choose(&plan, &plan.forward, Pass::kForward, p, is_modified(p), device);
   if (!plan.objections.empty()) return plan;
   // Bottom rows see the most keys under a causal mask, so they go first.
   set_grid(&plan.forward, p, device, p.packed_rows(), plan.forward.variant->tile_q, p.dim_v, true);
@@ -102,18 +99,21 @@ Plan plan_forward(const Problem& p, const Device& device, const Options& options
 }
 
 Plan plan_backward(const Problem& p, const Device& device, const Options& options,
-                   const int64_t* dbias_shape) {
+                   const MoreGradients& more) {
   Plan plan = begin(p, device, options);
   if (!plan.objections.empty()) return plan;
-  const bool modified = !p.score.is_plain();
+  const bool modified = is_modified(p);
   choose(&plan, &plan.row_stats, Pass::kRowStats, p, modified, device);
   choose(&plan, &plan.key_grad, Pass::kKeyGrad, p, modified, device);
   if (!plan.objections.empty()) return plan;
   // A kernel that cuts up the head dim sees no whole row of dS K.
-  const bool atomics = !options.deterministic && !plan.key_grad.variant->split;
+  // Nor does one with atomics, and the slopes of ALiBi want to know it.
+  const bool atomics = !options.deterministic && !plan.key_grad.variant->split && !more.dalibi;
   if (atomics) choose(&plan, &plan.round_query_grad, Pass::kRoundQueryGrad, p, modified, device);
   else choose(&plan, &plan.query_grad, Pass::kQueryGrad, p, modified, device);
-  if (dbias_shape) choose(&plan, &plan.bias_grad, Pass::kBiasGrad, p, true, device);
+  if (more.dbias_shape) choose(&plan, &plan.bias_grad, Pass::kBiasGrad, p, true, device);
+  const bool head_grad = more.dsinks || more.dalibi;
+  if (head_grad) choose(&plan, &plan.head_grad, Pass::kHeadGrad, p, true, device);
   if (!plan.objections.empty()) return plan;
 
   plan.rows_padded = round_up(p.packed_rows(), sm80::kRowPadding);
@@ -129,14 +129,15 @@ Plan plan_backward(const Problem& p, const Device& device, const Options& option
   } else {
     set_grid(&plan.query_grad, p, device, p.packed_rows(), plan.query_grad.variant->tile_q, p.dim, true);
   }
-  if (dbias_shape) {
+  if (const int64_t* const shape = more.dbias_shape) {
     const Variant& v = *plan.bias_grad.variant;
-    plan.bias_grad.blocks = dbias_shape[0] * dbias_shape[1] *
-                            (dbias_shape[2] == 1 ? 1 : ceil_div(p.seq_q, v.tile_q)) *
-                            (dbias_shape[3] == 1 ? 1 : ceil_div(p.seq_kv, v.tile_kv));
+    plan.bias_grad.blocks = shape[0] * shape[1] * (shape[2] == 1 ? 1 : ceil_div(p.seq_q, v.tile_q)) *
+                            (shape[3] == 1 ? 1 : ceil_div(p.seq_kv, v.tile_kv));
   }
+  if (head_grad) plan.head_grad.blocks = p.heads_q;
   const int64_t rows = p.batch * p.heads_kv * plan.rows_padded;
-  plan.workspace_bytes = size_t(rows) * sizeof(float) * size_t(3 + (atomics ? plan.dim_padded : 0));
+  plan.workspace_bytes =
+      size_t(rows) * sizeof(float) * size_t(3 + more.dsinks + more.dalibi + (atomics ? plan.dim_padded : 0));
   check_grids(&plan);
   return plan;
 }

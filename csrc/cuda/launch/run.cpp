@@ -13,11 +13,11 @@ bool has_vector_rows(const View4& view, int64_t columns, DType dtype) {
   return view.stride[0] % chunk == 0 && view.stride[1] % chunk == 0 && view.stride[2] % chunk == 0;
 }
 
-ScoreScale score_scale(const ScoreMod& mod) {
+ScoreScale score_scale(const Problem& p) {
   ScoreScale scale;
-  scale.natural = mod.is_plain() ? float(mod.scale) : 1.0f;
+  scale.natural = is_modified(p) ? 1.0f : float(p.score.scale);
   scale.exponent = float(double(scale.natural) * 1.4426950408889634);
-  scale.modified_scale = float(mod.scale);
+  scale.modified_scale = float(p.score.scale);
   return scale;
 }
 
@@ -32,7 +32,7 @@ void forward(const ForwardCall& call, const Plan& plan, Stream stream) {
   ForwardParams params;
   params.call = call;
   params.order = plan.forward.order;
-  params.scale = score_scale(p.score);
+  params.scale = score_scale(p);
   params.vector.q = has_vector_rows(p.q, p.dim, p.dtype);
   params.vector.k = has_vector_rows(p.k, p.dim, p.dtype);
   params.vector.v = has_vector_rows(p.v, p.dim_v, p.dtype);
@@ -45,7 +45,7 @@ void backward(const BackwardCall& call, const Plan& plan, void* workspace, Strea
   const Problem& p = call.problem;
   BackwardParams params;
   params.call = call;
-  params.scale = score_scale(p.score);
+  params.scale = score_scale(p);
   params.vector.q = has_vector_rows(p.q, p.dim, p.dtype);
   params.vector.k = has_vector_rows(p.k, p.dim, p.dtype);
   params.vector.v = has_vector_rows(p.v, p.dim_v, p.dtype);
@@ -57,15 +57,25 @@ void backward(const BackwardCall& call, const Plan& plan, void* workspace, Strea
   params.fast_fp32 = plan.options.fast_fp32;
 
   const int64_t rows = p.batch * p.heads_kv * plan.rows_padded;
-  float* const floats = static_cast<float*>(workspace);
-  params.stats = {floats, floats + rows, floats + 2 * rows, plan.rows_padded};
+  float* next = static_cast<float*>(workspace);
+  const auto take = [&](int64_t floats) {
+    float* const taken = next;
+    next += floats;
+    return taken;
+  };
+  params.stats.lse = take(rows);
+  params.stats.lse_low = take(rows);
+  params.stats.delta = take(rows);
+  params.stats.rows_padded = plan.rows_padded;
+  if (call.dsinks.present()) params.stats.dsink = take(rows);
+  if (call.dalibi.present()) params.stats.dalibi = take(rows);
   if (plan.round_query_grad.variant) {
-    params.dq_sum = floats + 3 * rows;
+    params.dq_sum = take(rows * plan.dim_padded);
     params.dim_padded = plan.dim_padded;
     zero_memory(params.dq_sum, size_t(rows * plan.dim_padded) * sizeof(float), stream);
   }
-  for (const Launch* launch :
-       {&plan.row_stats, &plan.key_grad, &plan.query_grad, &plan.round_query_grad, &plan.bias_grad}) {
+  for (const Launch* launch : {&plan.row_stats, &plan.key_grad, &plan.query_grad, &plan.round_query_grad,
+                               &plan.bias_grad, &plan.head_grad}) {
     params.order = launch->order;
     run(*launch, &params, stream);
   }

@@ -18,7 +18,8 @@ const char* name_of(Pass pass) {
     case Pass::kKeyGrad: return "key_grad";
     case Pass::kQueryGrad: return "query_grad";
     case Pass::kRoundQueryGrad: return "round_query_grad";
-    default: return "bias_grad";
+    case Pass::kBiasGrad: return "bias_grad";
+    default: return "head_grad";
   }
 }
 

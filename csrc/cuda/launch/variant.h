@@ -18,6 +18,7 @@ enum class Pass : uint8_t {
   kQueryGrad,  // dQ without atomics
   kRoundQueryGrad,
   kBiasGrad,
+  kHeadGrad,  // of sinks and slopes
 };
 const char* name_of(Pass pass);
 

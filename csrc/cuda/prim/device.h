@@ -9,12 +9,14 @@
 
 #if defined(__CUDACC__)
 #define FAE_DEVICE __device__ __forceinline__
-#define FAE_DEVICE_COLD __device__ __noinline__  // rare paths, kept out of the hot ones' registers
+#define FAE_DEVICE_COLD inline __device__ __noinline__  // rare paths, kept out of the hot ones' registers
 #define FAE_UNROLL _Pragma("unroll")
+#define FAE_NO_UNROLL _Pragma("unroll 1")
 #else
 #define FAE_DEVICE inline
 #define FAE_DEVICE_COLD inline
 #define FAE_UNROLL
+#define FAE_NO_UNROLL
 #include "cuda/emu/thread.h"
 #endif
 

@@ -18,6 +18,9 @@ FAE_DEVICE void warp_barrier() { __syncwarp(); }
 FAE_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 FAE_DEVICE double shuffle_xor(double value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
+FAE_DEVICE uint32_t shuffle_xor(uint32_t value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
 // The value of thread `lane`.
 FAE_DEVICE float shuffle(float value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 

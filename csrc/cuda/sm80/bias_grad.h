@@ -135,9 +135,9 @@ class BiasGrad {
           p_,           params_.scale,   batch_of(at), at.head,
           PackedRows(), query_count(at), at.key,       int(p_.masking.kv_lengths.at(at.batch, p_.seq_kv))};
       tile.rows.query_begin = at.query;
-      score_gradients<true>(s, ds, load_stats(at, row), tile, row, classify_tile(at) != TileClass::kFull,
-                            p_.masking.mask.present(),
-                            /*before_softcap=*/false);
+      constexpr FragC(*no_slope)[kTileKV / 8] = nullptr;
+      score_gradients<true>(s, ds, no_slope, load_stats(at, row), tile, row,
+                            classify_tile(at) != TileClass::kFull, p_.masking.mask.present());
       FAE_UNROLL
       for (int n = 0; n < kTileKV / 8; ++n) {
         FAE_UNROLL
@@ -193,16 +193,7 @@ class BiasGrad {
       }
       const int64_t at = target.offset(batch_, head_, shape_[2] == 1 ? 0 : query_ + r) +
                          (shape_[3] == 1 ? 0 : int64_t(key_ + c) * target.stride[3]);
-      store_element(target.data, p_.score.bias_dtype, at, total);
-    }
-  }
-
-  static FAE_DEVICE void store_element(void* data, DType dtype, int64_t at, float x) {
-    switch (dtype) {
-      case DType::kFloat16: store_global(static_cast<Float16*>(data) + at, to_float16(x)); break;
-      case DType::kBFloat16: store_global(static_cast<BFloat16*>(data) + at, to_bfloat16(x)); break;
-      case DType::kFloat32: store_global(static_cast<float*>(data) + at, x); break;
-      default: store_global(static_cast<double*>(data) + at, double(x)); break;
+      store_as(target.data, p_.score.bias_dtype, at, total);
     }
   }
 

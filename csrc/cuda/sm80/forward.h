@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/sm80/config.h"
+#include "cuda/tile/dropout.h"
 #include "cuda/tile/exact_row.h"
 #include "cuda/tile/gmem_tile.h"
 #include "cuda/tile/mask_class.h"
@@ -95,15 +96,25 @@ class Forward {
     FragC out[kM][kDim / 8];
     clear(out);
     OnlineSoftmax<kM> softmax;
+    if constexpr (kModified) {
+      if (p_.score.sinks.present()) begin_with_sinks(softmax, row);
+    }
     const int first_key = load_key_;
     constexpr FragC(*no_slope)[kTileKV / 8] = nullptr;
     // Without keys no barrier would keep these loads from what is staged at the end.
     if (!kSplit && first_key < key_end_) load_q(resident_q(), 0);
     ring.start(load);
     for (int key = first_key; key < key_end_; key += kTileKV) {
+      const ScoreTile tile = score_tile(key);
+      uint32_t kept[kM] = {};  // by dropout; found before scores take up registers
+      if constexpr (kModified) {
+        if (p_.dropout.present()) {
+          FAE_UNROLL
+          for (int m = 0; m < kM; ++m) kept[m] = kept_elements<false, kTileKV / 8>(tile, row + 16 * m, 0);
+        }
+      }
       FragC s[kM][kTileKV / 8];
       clear(s);
-      const ScoreTile tile = score_tile(key);
       const TileClass mask_class =
           p_.masking.mask.present() ? classify_mask<kRowsOfWarp, kTileKV>(tile, row, 0) : TileClass::kFull;
       // A warp whose rows see nothing of the tile only keeps step with the others.
@@ -121,6 +132,12 @@ class Forward {
           finish_scores<kModified, false>(s, no_slope, tile, row, 0, partial, masked);
         }
         softmax.update(s, out, params_.scale.exponent);
+        if constexpr (kModified) {
+          if (p_.dropout.present()) {
+            FAE_UNROLL
+            for (int m = 0; m < kM; ++m) drop(s[m], kept[m]);
+          }
+        }
       }
       const Smem<std::byte> slot = ring.next(load);
       if (seen) accumulate<T>(out, s, TileKV{slot}, params_.fast_fp32);
@@ -128,6 +145,17 @@ class Forward {
     copy_async_wait<0>();
     softmax.finish();
     store(out, softmax, row);
+  }
+
+  FAE_DEVICE void begin_with_sinks(OnlineSoftmax<kM>& softmax, int row) const {
+    FAE_UNROLL
+    for (int m = 0; m < kM; ++m) {
+      FAE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int head = head_q() + rows_.head(row + 16 * m + 8 * half + lane_index() / 4);
+        softmax.begin_with(load_head_value(p_.score.sinks, batch_, head), m, half);
+      }
+    }
   }
 
   FAE_DEVICE ScoreTile score_tile(int key) const {
@@ -144,13 +172,15 @@ class Forward {
       FAE_UNROLL
       for (int half = 0; half < 2; ++half) {
         const float sum = softmax.sum[m][half];
+        // A row that saw nothing has out = 0; dividing by 1 keeps it.
+        float divisor = sum == 0 ? 1.0f : sum;
+        if constexpr (kModified) divisor /= float(p_.dropout.keep_scale);
         const int r = row + 16 * m + 8 * half + g;
         float probe = sum - sum;  // 0 when everything is finite
         FAE_UNROLL
         for (int n = 0; n < kDim / 8; ++n) {
-          // A row that saw nothing has out = 0; dividing by 1 keeps it.
-          const float x = out[m][n][2 * half] / (sum == 0 ? 1.0f : sum);
-          const float y = out[m][n][2 * half + 1] / (sum == 0 ? 1.0f : sum);
+          const float x = out[m][n][2 * half] / divisor;
+          const float y = out[m][n][2 * half + 1] / divisor;
           probe += (x - x) + (y - y);
           store_pair(staging, r, 8 * n + 2 * t, x, y);
         }

@@ -3,6 +3,7 @@
 //
 //   P = exp(score - lse),  dV = P^T dO,  dS = P * (dO V^T - delta),  dK = dS^T Q,  dQ = dS K
 //
+// With dropout, dV is of what it leaves of P, and dO V^T of what it leaves of that.
 // (FlashAttention-2, section 3.1.) Scores are computed transposed, keys as rows: P^T and dS^T
 // are then in the registers that the products after them want; only dS goes through shared
 // memory, for dQ.
@@ -132,10 +133,14 @@ class KeyGrad {
     }
     ring.start(load);
     for (int row = row_; row < row_end_; row += kTileQ) {
+      const ScoreTile tile = score_tile(row);
+      uint32_t kept = 0;  // by dropout; found before scores take up registers
+      if constexpr (kModified) {
+        if (p_.dropout.present()) kept = kept_elements<true, kTileQ / 8>(tile, key_row, 0);
+      }
       Scores p, ds;
       clear(p);
       clear(ds);
-      const ScoreTile tile = score_tile(row);
       const TileClass mask_class =
           p_.masking.mask.present() ? classify_mask<kTileQ, 16>(tile, 0, key_row) : TileClass::kFull;
       // A warp whose keys nobody of the tile sees only keeps step with the others.
@@ -146,7 +151,7 @@ class KeyGrad {
         if (seen) {
           multiply_rows<T, true>(p, resident_k(), key_row, q, 0, fast);
           score_gradients(
-              p, tile, mask_class, key_row, row,
+              p, tile, mask_class, kept, key_row, row,
               [&](Scores& weights) {
                 accumulate<T>(dv, weights, dout, fast);
                 multiply_rows<T>(ds, resident_v(), key_row, dout, 0, fast);
@@ -162,7 +167,7 @@ class KeyGrad {
         }
         Scores weights;
         score_gradients(
-            p, tile, mask_class, key_row, row,
+            p, tile, mask_class, kept, key_row, row,
             [&](Scores& w) {
               copy(weights, w);
               for (int step = 0; step < steps_v(); ++step) {
@@ -190,11 +195,11 @@ class KeyGrad {
             key_, kv_length_};
   }
 
-  // s: dot products of this warp's keys with the rows of a tile. Makes P of them, hands P to
-  // use(p), which also leaves dP in ds, and makes dS of that.
+  // s: dot products of this warp's keys with the rows of a tile. Makes P of them, hands what dropout leaves
+  // of P to use(p), which also leaves dP in ds, and makes dS of that.
   template <class Use>
-  FAE_DEVICE void score_gradients(Scores& s, const ScoreTile& tile, TileClass mask_class, int key_row,
-                                  int row, Use&& use, Scores& ds) const {
+  FAE_DEVICE void score_gradients(Scores& s, const ScoreTile& tile, TileClass mask_class, uint32_t kept,
+                                  int key_row, int row, Use&& use, Scores& ds) const {
     const bool partial =
         classify(p_.masking.band, kv_length_, tile.rows.query_begin, tile.rows.query(tile.row_count - 1) + 1,
                  key_, key_ + kTileKV) != TileClass::kFull;
@@ -210,7 +215,9 @@ class KeyGrad {
     probabilities_transposed<kNeedsLow<T, kModified>>(s, params_.stats, at, params_.scale.natural);
     if constexpr (kModified) {
       multiply_elements(slope, s);
+      if (p_.dropout.present()) drop(s[0], kept);
       use(s);
+      if (p_.dropout.present()) scale_kept(ds[0], kept, float(p_.dropout.keep_scale));
       gradients_transposed(ds, slope, params_.stats, at);
     } else {
       use(s);
@@ -274,7 +281,7 @@ class KeyGrad {
   // not finite.
   FAE_DEVICE uint32_t stage(const Sums& dk, const Sums& dv, TileKV dk_tile, TileKV dv_tile, int key_row,
                             int half) const {
-    const float scale = float(p_.score.scale);
+    const float scale = float(p_.score.scale), kept = kModified ? float(p_.dropout.keep_scale) : 1.0f;
     const int r = key_row + 8 * half + lane_index() / 4;
     float probe = 0;  // stays 0 when everything is finite
     FAE_UNROLL
@@ -284,7 +291,7 @@ class KeyGrad {
       const float vx = half ? dv[0][n][2] : dv[0][n][0], vy = half ? dv[0][n][3] : dv[0][n][1];
       probe += ((kx - kx) + (ky - ky)) + ((vx - vx) + (vy - vy));
       store_pair(dk_tile, r, c, kx * scale, ky * scale);
-      store_pair(dv_tile, r, c, vx, vy);
+      store_pair(dv_tile, r, c, vx * kept, vy * kept);
     }
     return warp_ballot(probe != 0);
   }

@@ -1,6 +1,6 @@
 // Gradient of queries without atomics on mma.sync: a block keeps kTileQ packed query rows and
-// goes over the keys they see, in a fixed order. The deterministic backward pass uses it,
-// and so do head dims beyond the largest bucket.
+// goes over the keys they see, in a fixed order. The deterministic backward pass uses it, and so do head
+// dims beyond the largest bucket and slopes of ALiBi that want a gradient, for it sees whole rows.
 #pragma once
 
 #include "cuda/sm80/config.h"
@@ -116,6 +116,7 @@ class QueryGrad {
     const LaneRowStats stats = load_row_stats<kNeedsLow<T, kModified>>(params_.stats, at);
     FragC dq[1][kDim / 8];
     clear(dq);
+    float distances[2] = {0, 0};  // sums of dS times the distance of ALiBi
     const int first_key = load_key_;
     if (!kSplit && first_key < key_end_) {  // without keys no barrier would follow
       load_q(resident_q(), 0);
@@ -153,12 +154,33 @@ class QueryGrad {
       if (!seen) continue;
       const bool partial = classify(p_.masking.band, kv_length_, rows_.query_begin, query_end_, key,
                                     key + kTileKV) != TileClass::kFull;
-      score_gradients<kModified>(s, ds, stats, tile, row, partial, mask_class == TileClass::kPartial,
-                                 /*before_softcap=*/true);
+      const bool masked = mask_class == TileClass::kPartial;
+      if constexpr (kModified) {
+        Scores slope;
+        score_gradients<true>(s, ds, slope, stats, tile, row, partial, masked);
+        if (params_.stats.dalibi) add_distances(distances, ds, tile, row);
+        multiply_elements(ds, slope);
+      } else {
+        constexpr FragC(*no_slope)[kTileKV / 8] = nullptr;
+        score_gradients<false>(s, ds, no_slope, stats, tile, row, partial, masked);
+      }
       accumulate<T>(dq, ds, keys, fast);
     }
     copy_async_wait<0>();
+    if (kModified && params_.stats.dalibi && slice_ == 0) store_slope_terms(distances, row, at);
     store(dq, row);
+  }
+
+  // `at`: of the warp's first row in the statistics.
+  FAE_DEVICE void store_slope_terms(const float (&distances)[2], int row, int64_t at) const {
+    const int g = lane_index() / 4;
+    FAE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const float sum = quad_sum(distances[half]);
+      if (lane_index() % 4 == 0 && row + 8 * half + g < row_count_) {
+        store_global(params_.stats.dalibi + at + 8 * half + g, -sum);
+      }
+    }
   }
 
   FAE_DEVICE void store(const FragC (&dq)[1][kDim / 8], int row) const {

@@ -7,6 +7,7 @@
 // numbers, are made good in the same place.
 #pragma once
 
+#include "cuda/tile/dropout.h"
 #include "cuda/tile/softmax.h"
 
 namespace fae::cuda {
@@ -79,6 +80,17 @@ struct LaneColumns {
   }
 };
 
+// Whether dropout keeps the probability of the row of `row` and key j.
+template <bool kModified>
+FAE_DEVICE bool keeps(const ScoreTile& row, PhiloxKey key, int j) {
+  if (!kModified || !row.problem.dropout.present()) return true;
+  return kept_keys(row, key, 0, j / 4) >> j % 4 & 1;
+}
+template <bool kModified>
+FAE_DEVICE PhiloxKey dropout_key(const Problem& p) {
+  return kModified && p.dropout.present() ? load_dropout_key(p.dropout) : PhiloxKey{0, 0};
+}
+
 // Columns [column, column + kCols) of the output of a packed row, into row r of a tile in
 // shared memory; returns the row's log-sum-exp. For a warp.
 template <class T, bool kModified, int kCols, class Tile>
@@ -89,19 +101,26 @@ FAE_DEVICE_COLD double exact_output_row(const ForwardParams& params, int batch, 
   const int i = row.rows.query(0), lane = lane_index();
   const KeyRange seen = visible_keys(p.masking.band, row.kv_length, i, i + 1);
   const float exponent = params.scale.exponent;
-  float max = kHidden, sum = 0;
+  const PhiloxKey key = dropout_key<kModified>(p);
+  float sink = kHidden;
+  if (kModified && p.score.sinks.present()) {
+    sink = load_head_value(p.score.sinks, batch, row.head + row.rows.head(0));
+  }
+  float max = sink, sum = 0;
   for (int j = int(seen.begin) + lane; j < seen.end; j += kWarpSize) {
     const float s = exact_score<T, kModified>(row, j).value;
     if (s > max) max = s;
   }
   max = warp_max(max);
   const float shift = max == kHidden ? 0.0f : max;
+  if (lane == 0 && sink != kHidden) sum = exp2_fast((sink - shift) * exponent);
   LaneColumns<kCols> out;
   for (int first = int(seen.begin); first < seen.end; first += kWarpSize) {
     const int j = first + lane;
     const float s = j < seen.end ? exact_score<T, kModified>(row, j).value : kHidden;
-    const float weight = exp2_fast((s - shift) * exponent);
+    float weight = exp2_fast((s - shift) * exponent);
     sum += s == kHidden ? 0.0f : weight;
+    if (!keeps<kModified>(row, key, j)) weight = 0;
     const uint32_t visible = warp_ballot(s != kHidden);
     for (int turn = 0; turn < kWarpSize; ++turn) {
       const float its_weight = shuffle(weight, turn);
@@ -111,11 +130,13 @@ FAE_DEVICE_COLD double exact_output_row(const ForwardParams& params, int batch, 
   }
   sum = warp_sum(sum);
   warp_barrier();
-  out.template store<T>(tile, r, sum == 0 ? 0.0f : 1.0f / sum);
+  const float kept = kModified ? float(p.dropout.keep_scale) : 1.0f;
+  out.template store<T>(tile, r, sum == 0 ? 0.0f : kept / sum);
   return sum == 0 ? double(kHidden) : double(max) * double(params.scale.natural) + log(double(sum));
 }
 
-// P and dS of one visible pair in the backward pass; dS is taken before scale and softcap.
+// P, as far as dropout leaves it, and dS of one visible pair in the backward pass; dS is taken before scale
+// and softcap.
 struct PairGrad {
   float p, ds;
   bool visible;
@@ -133,9 +154,11 @@ FAE_DEVICE_COLD PairGrad exact_pair_grad(const BackwardParams& params, int batch
   const float low = load_global(params.stats.lse_low + at);
   const float exponent = score.value * params.scale.natural - load_global(params.stats.lse + at) - low;
   const float weight = exp2_fast(exponent * kLog2E);
-  const float dp = dot<T>(params.call.dout, params.call.dout.offset(batch, head, row.rows.query(0)), p.v,
-                          p.v.offset(batch, head_kv, j), p.dim_v);
-  return {weight, weight * (dp - load_global(params.stats.delta + at)) * score.slope, true};
+  float dp = dot<T>(params.call.dout, params.call.dout.offset(batch, head, row.rows.query(0)), p.v,
+                    p.v.offset(batch, head_kv, j), p.dim_v);
+  const bool kept = keeps<kModified>(row, dropout_key<kModified>(p), j);
+  if (kModified) dp *= kept ? float(p.dropout.keep_scale) : 0.0f;
+  return {kept ? weight : 0.0f, weight * (dp - load_global(params.stats.delta + at)) * score.slope, true};
 }
 
 // Columns [column, column + kCols) of dQ of a packed row, into row r of a tile. For a warp.
@@ -187,7 +210,7 @@ FAE_DEVICE_COLD void exact_key_grad_row(const BackwardParams& params, int batch,
   }
   warp_barrier();
   dk.template store<T>(dk_tile, r, float(p.score.scale));
-  dv.template store<T>(dv_tile, r, 1.0f);
+  dv.template store<T>(dv_tile, r, kModified ? float(p.dropout.keep_scale) : 1.0f);
 }
 
 }  // namespace fae::cuda

@@ -1,9 +1,11 @@
-// From dot products to scores: scale, softcap, bias, band, lengths and bool mask on the
+// From dot products to scores: scale, softcap, ALiBi, bias, band, lengths and bool mask on the
 // accumulators of one warp.
 #pragma once
 
 #include "cuda/params.h"
 #include "cuda/prim/global.h"
+#include "cuda/prim/warp.h"
+#include "cuda/tile/element.h"
 #include "cuda/tile/frag.h"
 #include "cuda/tile/rows.h"
 
@@ -11,20 +13,6 @@ namespace fae::cuda {
 
 constexpr float kHidden = -__builtin_inff();
 constexpr float kLog2E = 1.4426950408889634f;
-
-// A bias of any dtype in fp32. A finite value stays finite: only -inf hides.
-FAE_DEVICE float load_bias(const void* data, DType dtype, int64_t index) {
-  switch (dtype) {
-    case DType::kFloat16: return to_float(load_global(static_cast<const Float16*>(data) + index));
-    case DType::kBFloat16: return to_float(load_global(static_cast<const BFloat16*>(data) + index));
-    case DType::kFloat32: return load_global(static_cast<const float*>(data) + index);
-    default: break;
-  }
-  const double x = load_global(static_cast<const double*>(data) + index);
-  constexpr double kLargest = 3.4028234663852886e+38;
-  if (x - x != 0) return float(x);
-  return float(x < -kLargest ? -kLargest : x > kLargest ? kLargest : x);
-}
 
 // Where a tile of scores lies: packed query rows x keys from `key` on, of one K/V head.
 struct ScoreTile {
@@ -45,6 +33,8 @@ struct ScoreTile {
     *begin = int((seen.begin < seen.end ? seen.begin : seen.end) - key);
     *end = r < row_count ? int(seen.end) - key : *begin;
   }
+  // The key, relative to `key`, that ALiBi finds at no distance from row r.
+  FAE_DEVICE int diagonal(int r) const { return rows.query(r) + int(problem.seq_kv - problem.seq_q) - key; }
   // Element offset of (row r, `key` + column) in a mask or bias.
   FAE_DEVICE int64_t offset(const View4& view, int r, int column) const {
     return view.offset(batch, head + rows.head(r), rows.query(r)) + int64_t(key + column) * view.stride[3];
@@ -131,6 +121,77 @@ FAE_DEVICE void for_each_visible(FragC (&s)[kM][kN], const View4& view, const Sc
   }
 }
 
+// ALiBi of up to 64 rows: each lane has the numbers of one or two, and hands them to those who ask.
+template <int kRows>
+class RowSlopes {
+  static constexpr int kInLane = (kRows + kWarpSize - 1) / kWarpSize;
+
+ public:
+  // Of rows [row, row + kRows) of a tile.
+  FAE_DEVICE RowSlopes(const ScoreTile& tile, int row) {
+    FAE_UNROLL
+    for (int i = 0; i < kInLane; ++i) {
+      const int r = row + kWarpSize * i + lane_index() % (kRows < kWarpSize ? kRows : kWarpSize);
+      slope_[i] = load_head_value(tile.problem.score.alibi, tile.batch, tile.head + tile.rows.head(r));
+      diagonal_[i] = float(tile.diagonal(r));
+    }
+  }
+  // Of row `base` + `offset` of them; base is a multiple of 8, and a constant, and offset less than 8. All
+  // lanes ask together.
+  FAE_DEVICE float slope(int base, int offset) const {
+    return shuffle(slope_[base / kWarpSize], base % kWarpSize + offset);
+  }
+  FAE_DEVICE float diagonal(int base, int offset) const {
+    return shuffle(diagonal_[base / kWarpSize], base % kWarpSize + offset);
+  }
+
+ private:
+  float slope_[kInLane], diagonal_[kInLane];
+};
+
+FAE_DEVICE float with_alibi(float score, float slope, float distance) {
+  return __builtin_fmaf(-slope, fabsf(distance), score);
+}
+
+template <bool kTransposed, int kM, int kN>
+FAE_DEVICE void add_alibi(FragC (&s)[kM][kN], const ScoreTile& tile, int row, int column) {
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  if constexpr (!kTransposed) {
+    const RowSlopes<16 * kM> rows(tile, row);
+    FAE_UNROLL
+    for (int m = 0; m < kM; ++m) {
+      FAE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const float slope = rows.slope(16 * m + 8 * half, g);
+        const float ahead = rows.diagonal(16 * m + 8 * half, g) - float(column + 2 * t);
+        FAE_UNROLL
+        for (int n = 0; n < kN; ++n) {
+          FAE_UNROLL
+          for (int e = 0; e < 2; ++e) {
+            float& x = s[m][n][2 * half + e];
+            x = with_alibi(x, slope, ahead - float(8 * n + e));
+          }
+        }
+      }
+    }
+  } else {
+    const RowSlopes<8 * kN> rows(tile, column);
+    FAE_UNROLL
+    for (int n = 0; n < kN; ++n) {
+      FAE_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const float slope = rows.slope(8 * n, 2 * t + e);
+        const float ahead = rows.diagonal(8 * n, 2 * t + e) - float(row + g);
+        FAE_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          float& x = s[0][n][2 * half + e];
+          x = with_alibi(x, slope, ahead - float(8 * half));
+        }
+      }
+    }
+  }
+}
+
 struct Score {
   float value;  // as kernels hold it (see ScoreScale); -inf when hidden
   float slope;  // d score / d (scale * dot)
@@ -166,6 +227,9 @@ FAE_DEVICE void finish_scores(FragC (&s)[kM][kN], FragC (*slope)[kN], const Scor
       }
     }
   }
+  if constexpr (kModified) {
+    if (p.score.alibi.present()) add_alibi<kTransposed>(s, tile, row, column);
+  }
   // Rows and keys that do not exist are hidden first: nothing is read for them below.
   const View4& mask = p.masking.mask;
   if (partial || masked || (kModified && p.score.bias.present())) {
@@ -192,29 +256,42 @@ FAE_DEVICE void finish_scores(FragC (&s)[kM][kN], FragC (*slope)[kN], const Scor
                                     [=](float& x, int64_t at) { add(x, to_float(load_global(data + at))); });
     } else {
       for_each_visible<kTransposed>(s, bias, tile, row, column, [=, &bias](float& x, int64_t at) {
-        add(x, load_bias(bias.data, dtype, at));
+        add(x, load_as_float(bias.data, dtype, at));
       });
     }
   }
 }
 
+// Whether band, length and mask let the first row of `tile` see key `tile.key`.
+FAE_DEVICE bool sees_key(const ScoreTile& tile) {
+  const View4& mask = tile.problem.masking.mask;
+  int begin, end;
+  tile.visible(0, &begin, &end);
+  return begin <= 0 && end > 0 &&
+         (!mask.present() ||
+          load_global(static_cast<const uint8_t*>(mask.data) + tile.offset(mask, 0, 0)) != 0);
+}
+
+// The bias of the first row of `tile` and key `tile.key`.
+FAE_DEVICE float pair_bias(const ScoreTile& tile) {
+  const ScoreMod& mod = tile.problem.score;
+  if (!mod.bias.present()) return 0;
+  return load_as_float(mod.bias.data, mod.bias_dtype, tile.offset(mod.bias, 0, 0));
+}
+
 // Score of the first row of `tile` and key `tile.key`.
 template <bool kModified>
 FAE_DEVICE Score pair_score(float dot, const ScoreTile& tile) {
-  const Problem& p = tile.problem;
-  const View4 &mask = p.masking.mask, &bias = p.score.bias;
-  int begin, end;
-  tile.visible(0, &begin, &end);
-  const bool seen =
-      begin <= 0 && end > 0 &&
-      (!mask.present() || load_global(static_cast<const uint8_t*>(mask.data) + tile.offset(mask, 0, 0)) != 0);
-  if (!seen) return {kHidden, 1};
+  if (!sees_key(tile)) return {kHidden, 1};
   if (!kModified) return {dot, 1};
-  Score score = cap_score(dot, tile.scale, float(p.score.softcap));
-  if (bias.present()) {
-    const float y = load_bias(bias.data, p.score.bias_dtype, tile.offset(bias, 0, 0));
-    score.value = y == kHidden ? kHidden : score.value + y;
+  const ScoreMod& mod = tile.problem.score;
+  Score score = cap_score(dot, tile.scale, float(mod.softcap));
+  if (mod.alibi.present()) {
+    const float slope = load_head_value(mod.alibi, tile.batch, tile.head + tile.rows.head(0));
+    score.value = with_alibi(score.value, slope, float(tile.diagonal(0)));
   }
+  const float bias = pair_bias(tile);
+  score.value = bias == kHidden ? kHidden : score.value + bias;
   return score;
 }
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/prim/math.h"
-#include "cuda/tile/score.h"
+#include "cuda/tile/dropout.h"
 
 namespace fae::cuda {
 
@@ -94,18 +94,20 @@ FAE_DEVICE LaneRowStats load_row_stats(const RowStats& stats, int64_t at) {
   return rows;
 }
 
-// From dot products s and dP to dS, in place of dP, for rows that are packed query rows;
-// before_softcap: times d score / d (scale * dot).
+// From dot products s and dP to dS, in place of dP, for rows that are packed query rows. dS is that of the
+// scores; `slope`: as in finish_scores.
 template <bool kModified, int kN>
-FAE_DEVICE void score_gradients(FragC (&s)[1][kN], FragC (&dp)[1][kN], const LaneRowStats& stats,
-                                const ScoreTile& tile, int row, bool partial, bool masked,
-                                bool before_softcap) {
-  FragC slope[1][kModified ? kN : 1];
+FAE_DEVICE void score_gradients(FragC (&s)[1][kN], FragC (&dp)[1][kN], FragC (*slope)[kN],
+                                const LaneRowStats& stats, const ScoreTile& tile, int row, bool partial,
+                                bool masked) {
+  if (kModified || partial || masked) {
+    finish_scores<kModified, false>(s, slope, tile, row, 0, partial, masked);
+  }
   if constexpr (kModified) {
-    finish_scores<true, false>(s, slope, tile, row, 0, partial, masked);
-  } else if (partial || masked) {
-    constexpr FragC(*no_slope)[kN] = nullptr;
-    finish_scores<false, false>(s, no_slope, tile, row, 0, partial, masked);
+    const Dropout& dropout = tile.problem.dropout;
+    if (dropout.present()) {
+      scale_kept(dp[0], kept_elements<false, kN>(tile, row, 0), float(dropout.keep_scale));
+    }
   }
   FAE_UNROLL
   for (int n = 0; n < kN; ++n) {
@@ -113,11 +115,25 @@ FAE_DEVICE void score_gradients(FragC (&s)[1][kN], FragC (&dp)[1][kN], const Lan
     for (int e = 0; e < 4; ++e) {
       const float p = probability(s[0][n][e], tile.scale.natural, stats.lse[e / 2], stats.lse_low[e / 2]);
       // Whatever dP and delta are, a hidden score has no gradient.
-      float d = s[0][n][e] == kHidden ? 0.0f : p * (dp[0][n][e] - stats.delta[e / 2]);
-      if constexpr (kModified) {
-        if (before_softcap) d *= slope[0][n][e];
+      dp[0][n][e] = s[0][n][e] == kHidden ? 0.0f : p * (dp[0][n][e] - stats.delta[e / 2]);
+    }
+  }
+}
+
+// Adds dS times the distance of ALiBi, over this thread's part of the rows lane / 4 and lane / 4 + 8 from
+// `row` on.
+template <int kN>
+FAE_DEVICE void add_distances(float (&sum)[2], const FragC (&ds)[1][kN], const ScoreTile& tile, int row) {
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  FAE_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const float ahead = float(tile.diagonal(row + 8 * half + g) - 2 * t);
+    FAE_UNROLL
+    for (int n = 0; n < kN; ++n) {
+      FAE_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        sum[half] = __builtin_fmaf(ds[0][n][2 * half + e], fabsf(ahead - float(8 * n + e)), sum[half]);
       }
-      dp[0][n][e] = d;
     }
   }
 }

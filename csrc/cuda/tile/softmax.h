@@ -42,6 +42,13 @@ struct OnlineSoftmax {
     }
   }
 
+  // A sink of these rows: there before any key, and without a value.
+  FAE_DEVICE void begin_with(float sink, int m, int half) {
+    max[m][half] = sink;
+    // Of the quad, whose sums are added up in the end, one thread has it.
+    sum[m][half] = sink != kHidden && lane_index() % 4 == 0 ? 1.0f : 0.0f;
+  }
+
   // Scores become exp(score - max); what was accumulated under the old maximum is rescaled.
   template <int kN, int kO>
   FAE_DEVICE void update(FragC (&s)[kM][kN], FragC (&out)[kM][kO], float exponent) {

@@ -1,0 +1,36 @@
+// Single numbers in global memory, of a dtype known at run time.
+#pragma once
+
+#include "core/score_mod.h"
+#include "cuda/prim/global.h"
+
+namespace fae::cuda {
+
+// A number of any dtype in fp32. A finite value stays finite: of a bias, only -inf hides.
+FAE_DEVICE float load_as_float(const void* data, DType dtype, int64_t index) {
+  switch (dtype) {
+    case DType::kFloat16: return to_float(load_global(static_cast<const Float16*>(data) + index));
+    case DType::kBFloat16: return to_float(load_global(static_cast<const BFloat16*>(data) + index));
+    case DType::kFloat32: return load_global(static_cast<const float*>(data) + index);
+    default: break;
+  }
+  const double x = load_global(static_cast<const double*>(data) + index);
+  constexpr double kLargest = 3.4028234663852886e+38;
+  if (x - x != 0) return float(x);
+  return float(x < -kLargest ? -kLargest : x > kLargest ? kLargest : x);
+}
+
+FAE_DEVICE float load_head_value(const PerHead& values, int batch, int head) {
+  return load_as_float(values.data, values.dtype, batch * values.stride[0] + head * values.stride[1]);
+}
+
+FAE_DEVICE void store_as(void* data, DType dtype, int64_t index, double x) {
+  switch (dtype) {
+    case DType::kFloat16: store_global(static_cast<Float16*>(data) + index, to_float16(float(x))); break;
+    case DType::kBFloat16: store_global(static_cast<BFloat16*>(data) + index, to_bfloat16(float(x))); break;
+    case DType::kFloat32: store_global(static_cast<float*>(data) + index, float(x)); break;
+    default: store_global(static_cast<double*>(data) + index, x); break;
+  }
+}
+
+}  // namespace fae::cuda
