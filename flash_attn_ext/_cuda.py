@@ -23,6 +23,9 @@ from ._problem import heads_first
 # What `explain` and `build_info` have to say about them.
 MATURITY = "the CUDA kernels have so far run on a host emulator only, not on a card"
 
+# Of `Options.features` what the kernels do not know.
+UNSERVED = ("alibi_slopes", "sinks", "dropout_p", "a cache of keys")
+
 _DTYPES = {
     name: code for code, name in enumerate((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 }

@@ -41,10 +41,14 @@ def load_emulator(library: str | Path | None = None) -> None:
         torch.ops.load_library(str(path))
     except OSError as error:
         raise ImportError(f"{path} does not load in torch {torch.__version__} ({error})") from error
-    operators = ops.named("emulated")
-    fake.register(operators)
-    autograd.register(operators)
-    ops.BY_BACKEND[BACKEND] = operators
+    families = (
+        (ops.BY_BACKEND, ops.named("emulated")),
+        (ops.EXTENDED_BY_BACKEND, ops.named("emulated_extended", ops.EXTENDED_FAMILY)),
+    )
+    for by_backend, operators in families:
+        fake.register(operators)
+        autograd.register(operators)
+        by_backend[BACKEND] = operators
     _cuda.BACKENDS[BACKEND] = _cuda.Backend(_cuda.Planner(path))
 
 

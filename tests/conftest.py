@@ -44,6 +44,11 @@ class Target:
         return self.backend in ("cuda", "cuda_emulated")
 
     @property
+    def widest(self) -> torch.dtype:
+        """The most precise dtype that it has kernels for."""
+        return torch.float32 if self.on_cuda_kernels else torch.float64
+
+    @property
     def repeatable(self) -> dict:
         """Options with which gradients are bitwise the same from run to run."""
         return {"deterministic": True} if self.on_cuda_kernels else {}
@@ -59,6 +64,13 @@ class Target:
             yield from ({"deterministic": False}, {"deterministic": True})
         else:
             yield {}
+
+    def one_schedule(self, number: int) -> dict:
+        """One of those, where there are many problems: another for each `number`."""
+        found = list(self.schedules())
+        if self.backend == "cuda_emulated":
+            fae.testing.set_emulator_seed(SEEDS[number % len(SEEDS)])
+        return found[number % len(found)]
 
 
 SEEDS = (1, 2, 3)
@@ -88,7 +100,11 @@ def pytest_configure(config):
 
 def pytest_generate_tests(metafunc):
     own = {mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")}
-    for fixture, targets in (("target", TARGETS), ("any_target", [*TARGETS, STANDARD])):
+    for fixture, targets in (
+        ("target", TARGETS),
+        ("any_target", [*TARGETS, STANDARD]),
+        ("extended_target", EXTENDED_TARGETS),
+    ):
         if fixture in metafunc.fixturenames and fixture not in own:
             more = CUDA_TARGETS if metafunc.definition.get_closest_marker("cuda") else []
             metafunc.parametrize(fixture, [*targets, *more], ids=lambda t: t.name, indirect=True)
@@ -103,6 +119,8 @@ def serves(target: Target | None, case) -> bool:
     """Whether the target has the features of a case."""
     if not getattr(case, "is_extended", False) or target is None:
         return True
+    if target.on_cuda_kernels:
+        return not (case.alibi or case.sinks or case.dropout_p)
     return target in (*EXTENDED_TARGETS, STANDARD)
 
 
@@ -115,7 +133,7 @@ def _is_served(item) -> bool:
 def _is_for_emulator(item) -> bool:
     """Whether a test on the emulator is small enough and has a dtype that the kernels know."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    if EMULATED not in (parameters.get("target"), parameters.get("any_target")):
+    if EMULATED not in (parameters.get(name) for name in ("target", "any_target", "extended_target")):
         return True
     dtype, case = parameters.get("dtype"), parameters.get("case")
     if dtype == torch.float64:
@@ -192,9 +210,9 @@ def cpu_target(request, monkeypatch, steady) -> Target:
     return _activate(request, monkeypatch)
 
 
-@pytest.fixture(params=EXTENDED_TARGETS, ids=lambda t: t.name)
+@pytest.fixture
 def extended_target(request, monkeypatch, steady) -> Target:
-    """As `target`, for calls of the extended operators."""
+    """As `target`, for calls of the extended operators: for tests marked `cuda`, of what the CUDA kernels serve."""
     return _activate(request, monkeypatch)
 
 

@@ -37,7 +37,8 @@ struct Plan {
   Options options;
   Launch forward;
   Launch row_stats, key_grad, query_grad, round_query_grad, bias_grad;  // backward, in this order
-  int64_t rows_padded = 0;                                              // backward, see RowStats
+  int64_t rows_padded = 0;                                              // backward: of a sequence's head
+  int64_t stats_rows = 0;                                               // of all, see RowStats
   int64_t dim_padded = 0;
   size_t workspace_bytes = 0;
 };

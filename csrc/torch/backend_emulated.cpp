@@ -24,23 +24,23 @@ class EmulatedMachine {
   EmulatedMachine(Place, const ForwardCall& call) {
     const Problem& p = call.problem;
     begin(p);
-    write("out", call.out, {p.batch, p.heads_q, p.seq_q, p.dim_v}, p.dtype);
+    write("out", call.out, {entries(p), p.heads_q, rows(p), p.dim_v}, p.dtype);
     if (call.lse.present())
-      write("lse", rows_of(call.lse), {p.batch, p.heads_q, p.seq_q, 1}, lse_dtype(p.dtype));
+      write("lse", rows_of(call.lse), {entries(p), p.heads_q, rows(p), 1}, lse_dtype(p.dtype));
   }
 
   EmulatedMachine(Place, const BackwardCall& call) {
     const Problem& p = call.problem;
     begin(p);
-    const Shape result = {p.batch, p.heads_q, p.seq_q, p.dim_v};
-    const Shape rows = {p.batch, p.heads_q, p.seq_q, 1};
+    const Shape result = {entries(p), p.heads_q, rows(p), p.dim_v};
+    const Shape row_values = {entries(p), p.heads_q, rows(p), 1};
     read("out", call.out, result, p.dtype);
     read("dout", call.dout, result, p.dtype);
-    read("lse", rows_of(call.lse), rows, lse_dtype(p.dtype));
-    if (call.dlse.present()) read("dlse", rows_of(call.dlse), rows, lse_dtype(p.dtype));
-    write("dq", call.dq, {p.batch, p.heads_q, p.seq_q, p.dim}, p.dtype);
-    write("dk", call.dk, {p.batch, p.heads_kv, p.seq_kv, p.dim}, p.dtype);
-    write("dv", call.dv, {p.batch, p.heads_kv, p.seq_kv, p.dim_v}, p.dtype);
+    read("lse", rows_of(call.lse), row_values, lse_dtype(p.dtype));
+    if (call.dlse.present()) read("dlse", rows_of(call.dlse), row_values, lse_dtype(p.dtype));
+    write("dq", call.dq, {entries(p), p.heads_q, rows(p), p.dim}, p.dtype);
+    write("dk", call.dk, {entries(p), p.heads_kv, keys(p), p.dim}, p.dtype);
+    write("dv", call.dv, {entries(p), p.heads_kv, keys(p), p.dim_v}, p.dtype);
     const int64_t* const shape = call.dbias_shape;
     if (call.dbias.present()) {
       write("dbias", call.dbias, {shape[0], shape[1], shape[2], shape[3]}, p.score.bias_dtype);
@@ -68,11 +68,23 @@ class EmulatedMachine {
 
   void begin(const Problem& p) {
     emu::options().seed = schedule_seed;
-    read("q", p.q, {p.batch, p.heads_q, p.seq_q, p.dim}, p.dtype);
-    read("k", p.k, {p.batch, p.heads_kv, p.seq_kv, p.dim}, p.dtype);
-    read("v", p.v, {p.batch, p.heads_kv, p.seq_kv, p.dim_v}, p.dtype);
+    read("q", p.q, {entries(p), p.heads_q, rows(p), p.dim}, p.dtype);
+    read("k", p.k, {entries(p), p.heads_kv, keys(p), p.dim}, p.dtype);
+    read("v", p.v, {entries(p), p.heads_kv, keys(p), p.dim_v}, p.dtype);
     const Shape scores = {p.batch, p.heads_q, p.seq_q, p.seq_kv};
-    if (p.masking.mask.present()) read("mask", p.masking.mask, scores, DType::kBool);
+    if (const BoolMask& mask = p.masking.mask; mask.present()) {
+      const auto blocks = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
+      read("mask", mask,
+           {p.batch, p.heads_q, blocks(p.seq_q, mask.block_q), blocks(p.seq_kv, mask.block_kv)}, DType::kBool);
+    }
+    if (const Intervals& x = p.masking.intervals; x.present()) {
+      const auto memory = [](const int32_t* data) { return const_cast<int32_t*>(data); };
+      read("row_labels", {memory(x.labels), {x.label_stride[0], x.label_stride[1], x.label_stride[2], 0}},
+           {x.count, p.batch, p.seq_q, 1}, DType::kInt32);
+      read("key_bounds",
+           {memory(x.bounds), {x.bound_stride[0], x.bound_stride[1], x.bound_stride[2], x.bound_stride[3]}},
+           {x.count, p.batch, p.seq_kv, 2}, DType::kInt32);
+    }
     if (p.score.bias.present()) read("bias", p.score.bias, scores, p.score.bias_dtype);
     const Lengths& lengths = p.masking.kv_lengths;
     if (lengths.data) {
@@ -80,6 +92,11 @@ class EmulatedMachine {
       read("kv_lengths", view, {p.batch, 1, 1, 1}, lengths.is_int64 ? DType::kInt64 : DType::kInt32);
     }
   }
+
+  // Packed sequences lie in one entry of all their rows.
+  static int64_t entries(const Problem& p) { return p.packing.present() ? 1 : p.batch; }
+  static int64_t rows(const Problem& p) { return p.packing.present() ? p.packing.total_q : p.seq_q; }
+  static int64_t keys(const Problem& p) { return p.packing.present() ? p.packing.total_kv : p.seq_kv; }
 
   template <class Void>
   static View4 rows_of(const RowValues<Void>& values) {

@@ -50,6 +50,8 @@ class Ranges {
     read(c.v, "v");
     if (c.spec.bias != Extent::kNone) read(c.bias, "bias");
     if (c.mask) read(c.mask->data(), c.mask->size(), "mask");
+    read(c.labels.data(), c.labels.size() * 4, "row_labels");
+    read(c.bounds.data(), c.bounds.size() * 4, "key_bounds");
     if (c.lengths32) read(c.lengths32->data(), c.lengths32->size() * 4, "kv_lengths");
     if (c.lengths64) read(c.lengths64->data(), c.lengths64->size() * 8, "kv_lengths");
   }

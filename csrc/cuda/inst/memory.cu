@@ -2,6 +2,7 @@
 #include "cuda/launch/memory.h"
 
 #include "cuda/launch/launch.h"
+#include "cuda/packing/clear_tail.h"
 #include "cuda/prim/global.h"
 
 namespace fae::cuda {
@@ -27,5 +28,9 @@ void zero_memory(void* data, size_t bytes, Stream) {
 }
 
 #endif
+
+void clear_tails(const ClearTailParams& params, Stream stream) {
+  launch_kernel<ClearTail>("clear_tail", &params, params.blocks, stream);
+}
 
 }  // namespace fae::cuda

@@ -64,15 +64,13 @@ Plan begin(const Problem& p, const Device& device, const Options& options) {
       {p.score.alibi.present(), "alibi_slopes"},
       {p.score.sinks.present(), "sinks"},
       {p.dropout.present(), "dropout_p"},
-      {p.masking.intervals.present(), "row_labels"},
-      {p.masking.mask.present() && !p.masking.mask.dense(), "a block-sparse mask"},
-      {p.packing.present(), "cu_seqlens_q"},
       {p.cache.present(), "a cache of keys"},
   };
   for (const auto& [given, name] : unserved) {
     if (given) plan.objections.push_back(std::string("its kernels do not know ") + name);
   }
-  if (p.packed_rows() > kMost || p.seq_kv > kMost) {
+  if (std::max(p.seq_q, p.packing.total_q) * p.group() > kMost ||
+      std::max(p.seq_kv, p.packing.total_kv) > kMost) {
     plan.objections.push_back("a head has more than 2^31 rows");
   }
   return plan;
@@ -116,7 +114,11 @@ Plan plan_backward(const Problem& p, const Device& device, const Options& option
   if (dbias_shape) choose(&plan, &plan.bias_grad, Pass::kBiasGrad, p, true, device);
   if (!plan.objections.empty()) return plan;
 
-  plan.rows_padded = round_up(p.packed_rows(), sm80::kRowPadding);
+  plan.rows_padded = round_up(p.packed_rows(), kRowPadding);
+  // Packed sequences: see RowStats::place.
+  plan.stats_rows = p.packing.present()
+                        ? (p.packing.total_q * p.group() / kRowPadding + p.batch) * kRowPadding * p.heads_kv
+                        : p.batch * p.heads_kv * plan.rows_padded;
   plan.dim_padded = round_up(p.dim, 8);
   const Launch whole = {plan.row_stats.variant, {}, 0};
   set_grid(&plan.row_stats, p, device, plan.rows_padded, whole.variant->tile_q, 0, false);
@@ -135,8 +137,7 @@ Plan plan_backward(const Problem& p, const Device& device, const Options& option
                             (dbias_shape[2] == 1 ? 1 : ceil_div(p.seq_q, v.tile_q)) *
                             (dbias_shape[3] == 1 ? 1 : ceil_div(p.seq_kv, v.tile_kv));
   }
-  const int64_t rows = p.batch * p.heads_kv * plan.rows_padded;
-  plan.workspace_bytes = size_t(rows) * sizeof(float) * size_t(3 + (atomics ? plan.dim_padded : 0));
+  plan.workspace_bytes = size_t(plan.stats_rows) * sizeof(float) * size_t(3 + (atomics ? plan.dim_padded : 0));
   check_grids(&plan);
   return plan;
 }

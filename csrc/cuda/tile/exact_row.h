@@ -29,6 +29,7 @@ FAE_DEVICE float dot(const View4& a, int64_t a_offset, const View4& b, int64_t b
 // A packed query row as a tile of its own.
 FAE_DEVICE ScoreTile single_row(const Problem& problem, const ScoreScale& scale, int batch, int head_kv,
                                 int packed_row) {
+  const BlockSequence sequence(problem, batch);
   return {problem,
           scale,
           batch,
@@ -36,7 +37,8 @@ FAE_DEVICE ScoreTile single_row(const Problem& problem, const ScoreScale& scale,
           PackedRows(packed_row, problem.group()),
           1,
           0,
-          int(problem.masking.kv_lengths.at(batch, problem.seq_kv))};
+          sequence.kv_length,
+          known_band(sequence.band())};
 }
 
 // Score of the row of `row` and key j.
@@ -45,8 +47,10 @@ FAE_DEVICE_COLD Score exact_score(ScoreTile row, int j) {
   const Problem& p = row.problem;
   const int head = row.head + row.rows.head(0), head_kv = head / int(p.group());
   row.key = j;
-  const float product = dot<T>(p.q, p.q.offset(row.batch, head, row.rows.query(0)), p.k,
-                               p.k.offset(row.batch, head_kv, j), p.dim);
+  const Sequence sequence = p.sequence(row.batch);
+  const int64_t query = sequence.first_query + row.rows.query(0);
+  const float product = dot<T>(p.q, p.q.offset(row.batch, head, query), p.k,
+                               p.key_offset(p.k, sequence, head_kv, j), p.dim);
   return pair_score<kModified>(product, row);
 }
 
@@ -86,8 +90,9 @@ FAE_DEVICE_COLD double exact_output_row(const ForwardParams& params, int batch, 
                                         int column, Tile tile, int r) {
   const Problem& p = params.call.problem;
   const ScoreTile row = single_row(p, params.scale, batch, head_kv, packed_row);
+  const Sequence sequence = p.sequence(batch);
   const int i = row.rows.query(0), lane = lane_index();
-  const KeyRange seen = visible_keys(p.masking.band, row.kv_length, i, i + 1);
+  const KeyRange seen = visible_keys(row.band.value, row.kv_length, i, i + 1);
   const float exponent = params.scale.exponent;
   float max = kHidden, sum = 0;
   for (int j = int(seen.begin) + lane; j < seen.end; j += kWarpSize) {
@@ -106,7 +111,8 @@ FAE_DEVICE_COLD double exact_output_row(const ForwardParams& params, int batch, 
     for (int turn = 0; turn < kWarpSize; ++turn) {
       const float its_weight = shuffle(weight, turn);
       if (!(visible >> turn & 1)) continue;
-      out.template add<T>(its_weight, p.v, p.v.offset(batch, head_kv, first + turn), column, int(p.dim_v));
+      out.template add<T>(its_weight, p.v, p.key_offset(p.v, sequence, head_kv, first + turn), column,
+                          int(p.dim_v));
     }
   }
   sum = warp_sum(sum);
@@ -128,13 +134,16 @@ FAE_DEVICE_COLD PairGrad exact_pair_grad(const BackwardParams& params, int batch
   const ScoreTile row = single_row(p, params.scale, batch, head_kv, packed_row);
   const Score score = exact_score<T, kModified>(row, j);
   if (score.value == kHidden) return {0, 0, false};
-  const int64_t at = (int64_t(batch) * p.heads_kv + head_kv) * params.stats.rows_padded + packed_row;
+  const Sequence sequence = p.sequence(batch);
+  const int64_t at =
+      params.stats.place(batch, head_kv, sequence.first_query * p.group()) + packed_row;
   const int head = row.head + row.rows.head(0);
   const float low = load_global(params.stats.lse_low + at);
   const float exponent = score.value * params.scale.natural - load_global(params.stats.lse + at) - low;
   const float weight = exp2_fast(exponent * kLog2E);
-  const float dp = dot<T>(params.call.dout, params.call.dout.offset(batch, head, row.rows.query(0)), p.v,
-                          p.v.offset(batch, head_kv, j), p.dim_v);
+  const int64_t query = sequence.first_query + row.rows.query(0);
+  const float dp = dot<T>(params.call.dout, params.call.dout.offset(batch, head, query), p.v,
+                          p.key_offset(p.v, sequence, head_kv, j), p.dim_v);
   return {weight, weight * (dp - load_global(params.stats.delta + at)) * score.slope, true};
 }
 
@@ -144,8 +153,9 @@ FAE_DEVICE_COLD void exact_query_grad_row(const BackwardParams& params, int batc
                                           int packed_row, int column, Tile tile, int r) {
   const Problem& p = params.call.problem;
   const ScoreTile row = single_row(p, params.scale, batch, head_kv, packed_row);
+  const Sequence sequence = p.sequence(batch);
   const int i = row.rows.query(0);
-  const KeyRange seen = visible_keys(p.masking.band, row.kv_length, i, i + 1);
+  const KeyRange seen = visible_keys(row.band.value, row.kv_length, i, i + 1);
   LaneColumns<kCols> dq;
   for (int first = int(seen.begin); first < seen.end; first += kWarpSize) {
     const int j = first + lane_index();
@@ -155,7 +165,7 @@ FAE_DEVICE_COLD void exact_query_grad_row(const BackwardParams& params, int batc
     for (int turn = 0; turn < kWarpSize; ++turn) {
       const float ds = shuffle(pair.ds, turn);
       if (!(visible >> turn & 1)) continue;
-      dq.template add<T>(ds, p.k, p.k.offset(batch, head_kv, first + turn), column, int(p.dim));
+      dq.template add<T>(ds, p.k, p.key_offset(p.k, sequence, head_kv, first + turn), column, int(p.dim));
     }
   }
   warp_barrier();
@@ -167,10 +177,11 @@ template <class T, bool kModified, int kCols, class Tile>
 FAE_DEVICE_COLD void exact_key_grad_row(const BackwardParams& params, int batch, int head_kv, int j,
                                         int column, Tile dk_tile, Tile dv_tile, int r) {
   const Problem& p = params.call.problem;
-  const KeyRange seeing = seeing_queries(p.masking.band, p.seq_q, j, j + 1);
-  const int group = int(p.group()), end = int(seeing.end) * group;
+  const Sequence sequence = p.sequence(batch);
+  const KeyRange seeing = seeing_queries(sequence.band, sequence.seq_q, j, j + 1);
+  const int group = int(p.group()), end = seeing.empty() ? 0 : int(seeing.end) * group;
   LaneColumns<kCols> dk, dv;
-  for (int first = int(seeing.begin) * group; first < end; first += kWarpSize) {
+  for (int first = seeing.empty() ? 0 : int(seeing.begin) * group; first < end; first += kWarpSize) {
     const int row = first + lane_index();
     PairGrad pair{0, 0, false};
     if (row < end) pair = exact_pair_grad<T, kModified>(params, batch, head_kv, row, j);
@@ -179,7 +190,7 @@ FAE_DEVICE_COLD void exact_key_grad_row(const BackwardParams& params, int batch,
       const float weight = shuffle(pair.p, turn), ds = shuffle(pair.ds, turn);
       if (!(visible >> turn & 1)) continue;
       const PackedRows at(first + turn, group);
-      const int head = head_kv * group + at.head(0), i = at.query(0);
+      const int64_t head = head_kv * group + at.head(0), i = sequence.first_query + at.query(0);
       dk.template add<T>(ds, p.q, p.q.offset(batch, head, i), column, int(p.dim));
       dv.template add<T>(weight, params.call.dout, params.call.dout.offset(batch, head, i), column,
                          int(p.dim_v));

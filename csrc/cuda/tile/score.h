@@ -5,7 +5,7 @@
 #include "cuda/params.h"
 #include "cuda/prim/global.h"
 #include "cuda/tile/frag.h"
-#include "cuda/tile/rows.h"
+#include "cuda/tile/sequence.h"
 
 namespace fae::cuda {
 
@@ -26,6 +26,16 @@ FAE_DEVICE float load_bias(const void* data, DType dtype, int64_t index) {
   return float(x < -kLargest ? -kLargest : x > kLargest ? kLargest : x);
 }
 
+// As Intervals::label and bound.
+FAE_DEVICE int load_label(const Intervals& x, int m, int batch, int query) {
+  return load_global(x.labels + m * x.label_stride[0] + batch * x.label_stride[1] +
+                     query * x.label_stride[2]);
+}
+FAE_DEVICE int load_bound(const Intervals& x, int m, int batch, int key, int side) {
+  return load_global(x.bounds + m * x.bound_stride[0] + batch * x.bound_stride[1] + key * x.bound_stride[2] +
+                     side * x.bound_stride[3]);
+}
+
 // Where a tile of scores lies: packed query rows x keys from `key` on, of one K/V head.
 struct ScoreTile {
   const Problem& problem;
@@ -36,18 +46,52 @@ struct ScoreTile {
   int row_count;  // rows of the tile that exist
   int key;
   int kv_length;
+  TileBand band;
 
-  // Keys that row r sees by band and length, relative to `key`; empty for a row that does
-  // not exist.
-  FAE_DEVICE void visible(int r, int* begin, int* end) const {
+  // Keys that row r sees by the band of its sequence and length, relative to `key`; empty for a
+  // row that does not exist.
+  FAE_DEVICE void visible(const Band& its_band, int r, int* begin, int* end) const {
     const int i = rows.query(r);
-    const KeyRange seen = visible_keys(problem.masking.band, kv_length, i, i + 1);
+    const KeyRange seen = visible_keys(its_band, kv_length, i, i + 1);
     *begin = int((seen.begin < seen.end ? seen.begin : seen.end) - key);
     *end = r < row_count ? int(seen.end) - key : *begin;
+  }
+  // The same for rare paths, see opaque.
+  FAE_DEVICE ScoreTile rarely() const {
+    ScoreTile same = *this;
+    same.batch = opaque(batch);
+    same.key = opaque(key);
+    return same;
   }
   // Element offset of (row r, `key` + column) in a mask or bias.
   FAE_DEVICE int64_t offset(const View4& view, int r, int column) const {
     return view.offset(batch, head + rows.head(r), rows.query(r)) + int64_t(key + column) * view.stride[3];
+  }
+  // The same in a mask of blocks.
+  FAE_DEVICE int64_t block_offset(const BoolMask& mask, int r, int column) const {
+    const unsigned block_q = unsigned(mask.block_q), block_kv = unsigned(mask.block_kv);
+    return mask.offset(batch, head + rows.head(r), unsigned(rows.query(r)) / block_q) +
+           int64_t(unsigned(key + column) / block_kv) * mask.stride[3];
+  }
+  FAE_DEVICE int bound(const Intervals& x, int m, int column, int side) const {
+    return load_bound(x, m, batch, key + column, side);
+  }
+  // Whether intervals and a mask of blocks let row r see the key; neither needs to exist.
+  FAE_DEVICE bool sees_by_ranges(int r, int column) const {
+    if (r >= row_count || key + column >= kv_length) return false;
+    const Intervals& x = problem.masking.intervals;
+    const int query = rows.query(r);
+    bool seen = true;
+    FAE_NO_UNROLL
+    for (int m = 0; m < x.count; ++m) {
+      const int label = load_label(x, m, batch, query);
+      seen &= bound(x, m, column, 0) <= label && label < bound(x, m, column, 1);
+    }
+    const BoolMask& mask = problem.masking.mask;
+    if (mask.present() && !mask.dense()) {
+      seen &= load_global(static_cast<const uint8_t*>(mask.data) + block_offset(mask, r, column)) != 0;
+    }
+    return seen;
   }
 };
 
@@ -58,13 +102,14 @@ struct ScoreTile {
 template <bool kTransposed, int kM, int kN>
 FAE_DEVICE void hide_outside(FragC (&s)[kM][kN], const ScoreTile& tile, int row, int column) {
   const int g = lane_index() / 4, t = lane_index() % 4;
+  const Band band = tile.band.get();
   if constexpr (!kTransposed) {
     FAE_UNROLL
     for (int m = 0; m < kM; ++m) {
       FAE_UNROLL
       for (int half = 0; half < 2; ++half) {
         int begin, end;
-        tile.visible(row + 16 * m + 8 * half + g, &begin, &end);
+        tile.visible(band, row + 16 * m + 8 * half + g, &begin, &end);
         FAE_UNROLL
         for (int n = 0; n < kN; ++n) {
           FAE_UNROLL
@@ -82,7 +127,7 @@ FAE_DEVICE void hide_outside(FragC (&s)[kM][kN], const ScoreTile& tile, int row,
       FAE_UNROLL
       for (int e = 0; e < 2; ++e) {
         int begin, end;
-        tile.visible(column + 8 * n + 2 * t + e, &begin, &end);
+        tile.visible(band, column + 8 * n + 2 * t + e, &begin, &end);
         FAE_UNROLL
         for (int half = 0; half < 2; ++half) {
           const int j = row + 8 * half + g;
@@ -131,6 +176,33 @@ FAE_DEVICE void for_each_visible(FragC (&s)[kM][kN], const View4& view, const Sc
   }
 }
 
+// Hides what intervals and a mask of blocks do. Rows and keys that do not exist are hidden.
+template <bool kTransposed, int kM, int kN>
+FAE_DEVICE void hide_by_ranges(FragC (&s)[kM][kN], const ScoreTile& from, int row, int column) {
+  const ScoreTile tile = from.rarely();
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  uint32_t hidden[2 * kM];  // a bit per column
+  FAE_UNROLL
+  for (int i = 0; i < 2 * kM; ++i) hidden[i] = 0;
+  FAE_NO_UNROLL
+  for (int n = 0; n < 2 * kN; ++n) {
+    const int across = column + n / 2 * 8 + 2 * t + n % 2;
+    FAE_UNROLL
+    for (int i = 0; i < 2 * kM; ++i) {
+      const int down = row + 8 * i + g;
+      const bool seen = kTransposed ? tile.sees_by_ranges(across, down) : tile.sees_by_ranges(down, across);
+      hidden[i] |= uint32_t(!seen) << n;
+    }
+  }
+  FAE_UNROLL
+  for (int i = 0; i < 2 * kM; ++i) {
+    FAE_UNROLL
+    for (int n = 0; n < 2 * kN; ++n) {
+      if (hidden[i] >> n & 1) s[i / 2][n / 2][i % 2 * 2 + n % 2] = kHidden;
+    }
+  }
+}
+
 struct Score {
   float value;  // as kernels hold it (see ScoreScale); -inf when hidden
   float slope;  // d score / d (scale * dot)
@@ -167,11 +239,12 @@ FAE_DEVICE void finish_scores(FragC (&s)[kM][kN], FragC (*slope)[kN], const Scor
     }
   }
   // Rows and keys that do not exist are hidden first: nothing is read for them below.
-  const View4& mask = p.masking.mask;
+  const BoolMask& mask = p.masking.mask;
   if (partial || masked || (kModified && p.score.bias.present())) {
     hide_outside<kTransposed>(s, tile, row, column);
   }
-  if (masked) {
+  if (masked && p.masking.has_ranges()) hide_by_ranges<kTransposed>(s, tile, row, column);
+  if (masked && mask.present() && mask.dense()) {
     const auto* data = static_cast<const uint8_t*>(mask.data);
     for_each_visible<kTransposed>(s, mask, tile, row, column, [data](float& x, int64_t at) {
       if (load_global(data + at) == 0) x = kHidden;
@@ -202,13 +275,15 @@ FAE_DEVICE void finish_scores(FragC (&s)[kM][kN], FragC (*slope)[kN], const Scor
 template <bool kModified>
 FAE_DEVICE Score pair_score(float dot, const ScoreTile& tile) {
   const Problem& p = tile.problem;
-  const View4 &mask = p.masking.mask, &bias = p.score.bias;
+  const BoolMask& mask = p.masking.mask;
+  const View4& bias = p.score.bias;
   int begin, end;
-  tile.visible(0, &begin, &end);
-  const bool seen =
-      begin <= 0 && end > 0 &&
-      (!mask.present() || load_global(static_cast<const uint8_t*>(mask.data) + tile.offset(mask, 0, 0)) != 0);
-  if (!seen) return {kHidden, 1};
+  tile.visible(tile.band.get(), 0, &begin, &end);
+  bool seen = begin <= 0 && end > 0;
+  if (seen && mask.present() && mask.dense()) {
+    seen = load_global(static_cast<const uint8_t*>(mask.data) + tile.offset(mask, 0, 0)) != 0;
+  }
+  if (!seen || (p.masking.has_ranges() && !tile.sees_by_ranges(0, 0))) return {kHidden, 1};
   if (!kModified) return {dot, 1};
   Score score = cap_score(dot, tile.scale, float(p.score.softcap));
   if (bias.present()) {
