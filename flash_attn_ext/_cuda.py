@@ -24,7 +24,7 @@ from ._problem import heads_first
 MATURITY = "the CUDA kernels have so far run on a host emulator only, not on a card"
 
 # Of `Options.features` what the kernels do not know.
-UNSERVED = ("alibi_slopes", "sinks", "dropout_p", "a cache of keys")
+UNSERVED = ("alibi_slopes", "sinks", "dropout_p")
 
 _DTYPES = {
     name: code for code, name in enumerate((torch.float16, torch.bfloat16, torch.float32, torch.float64))

@@ -1,7 +1,7 @@
 // What a kernel is launched with.
 #pragma once
 
-#include "core/problem.h"
+#include "core/cache_update.h"
 
 namespace fae::cuda {
 
@@ -74,6 +74,13 @@ struct BackwardParams {
   float* dq_sum = nullptr;  // (rows as in stats, dim_padded): sums of dS K, or none
   int64_t dim_padded = 0;
   bool fast_fp32 = false;
+};
+
+struct CacheParams {
+  Problem problem;
+  CacheUpdate update;
+  bool queries = false;  // turn queries; else put keys and values into the cache
+  int64_t blocks = 1;
 };
 
 // Rows of one result from starts[batch] to `total`, behind the last of packed sequences.

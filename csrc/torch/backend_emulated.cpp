@@ -47,6 +47,31 @@ class EmulatedMachine {
     }
   }
 
+  EmulatedMachine(Place, const CachedCall& call) {
+    const Problem& p = call.forward.problem;
+    const KeyCache& cache = p.cache;
+    const CacheUpdate& update = call.update;
+    emu::options().seed = schedule_seed;
+    const int64_t length = cache.pages.present() ? cache.pages.page_size : cache.capacity;
+    const int64_t packed = p.packing.present() ? 1 : p.batch;
+    change("k_cache", p.k, {call.entries, p.heads_kv, length, p.dim}, p.dtype, update.k.present());
+    change("v_cache", p.v, {call.entries, p.heads_kv, length, p.dim_v}, p.dtype, update.k.present());
+    read("q", p.q, {packed, p.heads_q, rows(p), p.dim}, p.dtype);
+    if (update.k.present()) {
+      read("k", update.k, {p.batch, p.heads_kv, cache.added, p.dim}, p.dtype);
+      read("v", update.v, {p.batch, p.heads_kv, cache.added, p.dim_v}, p.dtype);
+    }
+    if (const Rotary& rotary = update.rotary; rotary.present()) {
+      const Shape table = {1, 1, call.rotary_positions, rotary.pairs};
+      read("rotary_cos", table_of(rotary.cos, rotary.cos_stride), table, rotary.cos_dtype);
+      read("rotary_sin", table_of(rotary.sin, rotary.sin_stride), table, rotary.sin_dtype);
+      write("rotated q", update.turned, {packed, p.heads_q, rows(p), p.dim}, p.dtype);
+    }
+    write("out", call.forward.out, {packed, p.heads_q, rows(p), p.dim_v}, p.dtype);
+    if (call.forward.lse.present())
+      write("lse", rows_of(call.forward.lse), {packed, p.heads_q, rows(p), 1}, lse_dtype(p.dtype));
+  }
+
   const cuda::Device& device() const { return device_; }
   cuda::Stream stream() const { return nullptr; }
 
@@ -98,6 +123,16 @@ class EmulatedMachine {
   static int64_t rows(const Problem& p) { return p.packing.present() ? p.packing.total_q : p.seq_q; }
   static int64_t keys(const Problem& p) { return p.packing.present() ? p.packing.total_kv : p.seq_kv; }
 
+  static View4 table_of(const void* data, const int64_t* stride) {
+    return {const_cast<void*>(data), {0, 0, stride[0], stride[1]}};
+  }
+
+  // What may hold values, and may be written if `changes`.
+  void change(const char* name, const View4& view, const Shape& shape, DType dtype, bool changes) {
+    ranges_.emplace_back(view.data, extent_of(view, shape, dtype), name,
+                         changes ? emu::Access::kReadWrite : emu::Access::kRead);
+  }
+
   template <class Void>
   static View4 rows_of(const RowValues<Void>& values) {
     return {const_cast<void*>(values.data), {values.batch_stride, values.head_stride, 1, 0}};
@@ -137,6 +172,10 @@ void run_forward(const ForwardCall& call, Place place, const RunOptions& options
 
 void run_backward(const BackwardCall& call, Place place, const RunOptions& options) {
   cuda_backward<EmulatedMachine>(call, place, options);
+}
+
+void run_kvcache(const CachedCall& call, Place place, const RunOptions& options) {
+  cuda_kvcache<EmulatedMachine>(call, place, options);
 }
 
 }  // namespace fae::torch_ops

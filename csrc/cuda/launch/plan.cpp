@@ -64,13 +64,12 @@ Plan begin(const Problem& p, const Device& device, const Options& options) {
       {p.score.alibi.present(), "alibi_slopes"},
       {p.score.sinks.present(), "sinks"},
       {p.dropout.present(), "dropout_p"},
-      {p.cache.present(), "a cache of keys"},
   };
   for (const auto& [given, name] : unserved) {
     if (given) plan.objections.push_back(std::string("its kernels do not know ") + name);
   }
   if (std::max(p.seq_q, p.packing.total_q) * p.group() > kMost ||
-      std::max(p.seq_kv, p.packing.total_kv) > kMost) {
+      std::max({p.seq_kv, p.packing.total_kv, p.cache.capacity}) > kMost) {
     plan.objections.push_back("a head has more than 2^31 rows");
   }
   return plan;
@@ -102,6 +101,7 @@ Plan plan_forward(const Problem& p, const Device& device, const Options& options
 Plan plan_backward(const Problem& p, const Device& device, const Options& options,
                    const int64_t* dbias_shape) {
   Plan plan = begin(p, device, options);
+  if (p.cache.present()) plan.objections.push_back("there are no gradients of a cache of keys");
   if (!plan.objections.empty()) return plan;
   const bool modified = !p.score.is_plain();
   choose(&plan, &plan.row_stats, Pass::kRowStats, p, modified, device);

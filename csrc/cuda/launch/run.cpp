@@ -51,6 +51,21 @@ void limit_blocks(Problem* p) {
 
 }  // namespace
 
+void update_cache(const Problem& p, const CacheUpdate& update, Stream stream) {
+  CacheParams params;
+  params.problem = p;
+  params.update = update;
+  const auto launch = [&](bool queries, int64_t rows) {
+    constexpr int64_t kRowsOfBlock = 4, kMostBlocks = 1 << 20;
+    if (rows <= 0) return;
+    params.queries = queries;
+    params.blocks = std::min((rows + kRowsOfBlock - 1) / kRowsOfBlock, kMostBlocks);
+    update_cache(params, stream);
+  };
+  if (update.k.present()) launch(false, p.batch * p.cache.added * p.heads_kv);
+  if (update.turned.present()) launch(true, p.batch * p.seq_q * p.heads_q);
+}
+
 void forward(const ForwardCall& call, const Plan& plan, Stream stream) {
   const Problem& p = call.problem;
   ForwardParams params;

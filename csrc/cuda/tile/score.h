@@ -181,24 +181,21 @@ template <bool kTransposed, int kM, int kN>
 FAE_DEVICE void hide_by_ranges(FragC (&s)[kM][kN], const ScoreTile& from, int row, int column) {
   const ScoreTile tile = from.rarely();
   const int g = lane_index() / 4, t = lane_index() % 4;
-  uint32_t hidden[2 * kM];  // a bit per column
-  FAE_UNROLL
-  for (int i = 0; i < 2 * kM; ++i) hidden[i] = 0;
+  // A bit each, found out one after the other: unrolled, this would be most of a kernel.
+  static_assert(4 * kM * kN <= 64);
+  uint64_t hidden = 0;
   FAE_NO_UNROLL
-  for (int n = 0; n < 2 * kN; ++n) {
-    const int across = column + n / 2 * 8 + 2 * t + n % 2;
-    FAE_UNROLL
-    for (int i = 0; i < 2 * kM; ++i) {
-      const int down = row + 8 * i + g;
-      const bool seen = kTransposed ? tile.sees_by_ranges(across, down) : tile.sees_by_ranges(down, across);
-      hidden[i] |= uint32_t(!seen) << n;
-    }
+  for (int at = 0; at < 4 * kM * kN; ++at) {
+    const int i = at / (2 * kN), n = at % (2 * kN);
+    const int down = row + 8 * i + g, across = column + n / 2 * 8 + 2 * t + n % 2;
+    const bool seen = kTransposed ? tile.sees_by_ranges(across, down) : tile.sees_by_ranges(down, across);
+    hidden |= uint64_t(!seen) << at;
   }
   FAE_UNROLL
   for (int i = 0; i < 2 * kM; ++i) {
     FAE_UNROLL
     for (int n = 0; n < 2 * kN; ++n) {
-      if (hidden[i] >> n & 1) s[i / 2][n / 2][i % 2 * 2 + n % 2] = kHidden;
+      if (hidden >> (2 * kN * i + n) & 1) s[i / 2][n / 2][i % 2 * 2 + n % 2] = kHidden;
     }
   }
 }
