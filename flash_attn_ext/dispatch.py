@@ -129,8 +129,11 @@ def objections(backend: str, request: Request) -> list[str]:
     device = request.device
     if backend in _cuda.BACKENDS:
         reasons += _cuda.objections(backend, device, request.dtype, request.dim)
-        reasons += [f"its kernels do not know {feature} yet" for feature in request.features
-                    if feature in _cuda.UNSERVED]
+        reasons += [
+            f"its kernels do not know {feature} yet"
+            for feature in request.features
+            if feature in _cuda.UNSERVED
+        ]
     if backend == "cpu" and device.type != "cpu":
         reasons.append(f"its kernels run on the CPU, q is on {device.type}")
     if backend == "standard" and request.batch_invariant:

@@ -255,7 +255,13 @@ def test_rows_of_no_sequence(packing_target):
     clean = compare(tensors, *lengths, packing_target.backend, dict(causal=True), **packing_target.repeatable)
     q, k, v, dout, dlse = (t.clone() for t in tensors)
     q[8:], k[11:], v[11:], dout[8:], dlse[:, 8:] = (float("nan"),) * 5
-    dirty = compare((q, k, v, dout, dlse), *lengths, packing_target.backend, dict(causal=True), **packing_target.repeatable)
+    dirty = compare(
+        (q, k, v, dout, dlse),
+        *lengths,
+        packing_target.backend,
+        dict(causal=True),
+        **packing_target.repeatable,
+    )
     assert all(torch.equal(clean[name], dirty[name]) for name in clean)
     assert not clean["out"][8:].any() and not clean["dk"][11:].any() and clean["lse"][:, 8:].isneginf().all()
 
@@ -274,7 +280,9 @@ def draw_masks(r: random.Random, lengths_q: list[int], lengths_k: list[int], hea
         "softcap": r.choice([0.0, 2.0]),
     }
     if r.random() < 0.4:
-        options["bias"] = torch.randn(r.choice([1, batch]), r.choice([1, heads]), seq_q, r.choice([1, seq_kv]))
+        options["bias"] = torch.randn(
+            r.choice([1, batch]), r.choice([1, heads]), seq_q, r.choice([1, seq_kv])
+        )
     if r.random() < 0.3:
         options["kv_lengths"] = torch.tensor([r.randint(0, n + 2) for n in lengths_k])
     kind = r.choice(["none", "mask", "scattered", "blocks", "head-blocks"])
@@ -297,7 +305,9 @@ def test_products_on_the_cuda_kernels(seed, emulator):
     typed = more.pop("typed", None)
     oracle = {"mask": typed.dense} if typed else {}
     dtype = r.choice([torch.float32, torch.bfloat16])
-    tensors = packed(lengths_q, lengths_k, heads, r.choice([(8, 8), (24, 6)]), dtype, beyond=(r.randint(0, 3), 2))
+    tensors = packed(
+        lengths_q, lengths_k, heads, r.choice([(8, 8), (24, 6)]), dtype, beyond=(r.randint(0, 3), 2)
+    )
     fae.testing.set_emulator_seed(seed)
     how = {"deterministic": seed % 2 == 0, **({"mask": typed.mask} if typed else {})}
     compare(tensors, lengths_q, lengths_k, EMULATED.backend, options, oracle, **how)

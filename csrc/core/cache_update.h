@@ -19,9 +19,9 @@ struct Rotary {
 };
 
 struct CacheUpdate {
-  View4 k, v;        // (batch, heads_kv, problem.cache.added, dim), put behind what is there; or none
-  Rotary rotary;     // turns k, and queries
-  View4 turned;      // like q: where queries go turned
+  View4 k, v;     // (batch, heads_kv, problem.cache.added, dim), put behind what is there; or none
+  Rotary rotary;  // turns k, and queries
+  View4 turned;   // like q: where queries go turned
   bool queries_move = false;  // each is turned by its own position; else all by that of the first
 };
 

@@ -53,8 +53,8 @@ Plan plan_backward(const Problem& problem, const Device& device, const Options& 
 void forward(const ForwardCall& call, const Plan& plan, Stream stream);
 void backward(const BackwardCall& call, const Plan& plan, void* workspace, Stream stream);
 
-
-// What a call on a cache does before forward(), whose queries are then those of `update.turned` if it has any.
+// What a call on a cache does before forward(), whose queries are then those of `update.turned` if it has
+// any.
 void update_cache(const Problem& problem, const CacheUpdate& update, Stream stream);
 
 }  // namespace fae::cuda

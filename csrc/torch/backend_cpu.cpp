@@ -37,10 +37,6 @@ void run_kvcache(const CachedCall& call, Place, const RunOptions& options) {
 
 }  // namespace fae::torch_ops
 
-STABLE_TORCH_LIBRARY(flash_attn_ext, m) {
-  fae::torch_ops::define(m, "attention");
-}
+STABLE_TORCH_LIBRARY(flash_attn_ext, m) { fae::torch_ops::define(m, "attention"); }
 
-STABLE_TORCH_LIBRARY_IMPL(flash_attn_ext, CPU, m) {
-  fae::torch_ops::implement(m, "attention");
-}
+STABLE_TORCH_LIBRARY_IMPL(flash_attn_ext, CPU, m) { fae::torch_ops::implement(m, "attention"); }

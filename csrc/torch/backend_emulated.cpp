@@ -99,8 +99,8 @@ class EmulatedMachine {
     const Shape scores = {p.batch, p.heads_q, p.seq_q, p.seq_kv};
     if (const BoolMask& mask = p.masking.mask; mask.present()) {
       const auto blocks = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
-      read("mask", mask,
-           {p.batch, p.heads_q, blocks(p.seq_q, mask.block_q), blocks(p.seq_kv, mask.block_kv)}, DType::kBool);
+      read("mask", mask, {p.batch, p.heads_q, blocks(p.seq_q, mask.block_q), blocks(p.seq_kv, mask.block_kv)},
+           DType::kBool);
     }
     if (const Intervals& x = p.masking.intervals; x.present()) {
       const auto memory = [](const int32_t* data) { return const_cast<int32_t*>(data); };

@@ -58,16 +58,16 @@ void attention_kvcache(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outp
   TensorDesc* const described[] = {&call.q, &call.k_cache, &call.v_cache};
   for (int i = 0; i < 3; ++i) *described[i] = describe(kRequired[i], required[i]);
   TensorDesc* const described_too[] = {&call.k,
-                                 &call.v,
-                                 &call.cache_lengths,
-                                 &call.block_table,
-                                 &call.cache_batch_idx,
-                                 &call.cache_leftpad,
-                                 &call.rotary_cos,
-                                 &call.rotary_sin,
-                                 &call.cu_seqlens_q,
-                                 &call.alibi_slopes,
-                                 &call.sinks};
+                                       &call.v,
+                                       &call.cache_lengths,
+                                       &call.block_table,
+                                       &call.cache_batch_idx,
+                                       &call.cache_leftpad,
+                                       &call.rotary_cos,
+                                       &call.rotary_sin,
+                                       &call.cu_seqlens_q,
+                                       &call.alibi_slopes,
+                                       &call.sinks};
   for (int i = 0; i < 11; ++i) *described_too[i] = describe(kOptional[i], optional[i]);
   CallDesc checked;
   if (const auto error = set_layout_and_causal(&checked, 0, causal)) raise(*error);

@@ -87,12 +87,15 @@ class RowStatsKernel {
   // than elsewhere: far from 0 only the differences of these scores are to be trusted.
   static FAE_DEVICE_COLD Partial far_row(const Params& params, int batch, int head_kv, int packed_row) {
     const Problem& p = params.call.problem;
-    const ScoreTile row = single_row(p, params.scale, batch, head_kv, packed_row);
+    const BlockSequence sequence(p, batch);
+    const ScoreTile row = single_row(p, params.scale, sequence, head_kv, packed_row);
     const int i = row.rows.query(0);
+    const int64_t query = p.q.offset(batch, row.head + row.rows.head(0), sequence.first_query + i);
     const KeyRange seen = visible_keys(row.band.value, row.kv_length, i, i + 1);
     Partial part{kHidden, 0};
     for (int j = int(seen.begin) + lane_index(); j < seen.end; j += kWarpSize) {
-      const float s = exact_score<T, kModified>(row, j).value;
+      const float s =
+          exact_score<T, kModified>(row, query, p.k.offset(batch, head_kv, sequence.first_key + j), j).value;
       if (s == kHidden) continue;
       if (s > part.max) {
         part.sum *= exp2_fast((part.max - s) * params.scale.exponent);

@@ -107,10 +107,10 @@ class UpdateCache {
                               const Rotary& rotary, int64_t position) {
     const int64_t step = rotary.interleaved ? 2 : 1, partner = rotary.interleaved ? 1 : rotary.pairs;
     for (int64_t n = lane_index(); n < rotary.pairs; n += kWarpSize) {
-      const float cos = load_bias(rotary.cos, rotary.cos_dtype,
-                                  position * rotary.cos_stride[0] + n * rotary.cos_stride[1]);
-      const float sin = load_bias(rotary.sin, rotary.sin_dtype,
-                                  position * rotary.sin_stride[0] + n * rotary.sin_stride[1]);
+      const float cos =
+          load_bias(rotary.cos, rotary.cos_dtype, position * rotary.cos_stride[0] + n * rotary.cos_stride[1]);
+      const float sin =
+          load_bias(rotary.sin, rotary.sin_dtype, position * rotary.sin_stride[0] + n * rotary.sin_stride[1]);
       const int64_t c = n * step;
       const float x = load_bias(from.data, dtype, from.at(c));
       const float y = load_bias(from.data, dtype, from.at(c + partner));

@@ -137,7 +137,8 @@ Plan plan_backward(const Problem& p, const Device& device, const Options& option
                             (dbias_shape[2] == 1 ? 1 : ceil_div(p.seq_q, v.tile_q)) *
                             (dbias_shape[3] == 1 ? 1 : ceil_div(p.seq_kv, v.tile_kv));
   }
-  plan.workspace_bytes = size_t(plan.stats_rows) * sizeof(float) * size_t(3 + (atomics ? plan.dim_padded : 0));
+  plan.workspace_bytes =
+      size_t(plan.stats_rows) * sizeof(float) * size_t(3 + (atomics ? plan.dim_padded : 0));
   check_grids(&plan);
   return plan;
 }

@@ -37,7 +37,12 @@ void add_tail(ClearTailParams* params, const Problem& p, const View4& view, int6
   const int64_t blocks = std::min(total * heads * columns / kElementsOfBlock + 1, kMostBlocks);
   params->blocks = std::max(params->blocks, blocks);
   params->batch = p.batch;
-  params->tails[params->count++] = {view, heads, columns, total, int(size_of(dtype)), to_minus_infinity,
+  params->tails[params->count++] = {view,
+                                    heads,
+                                    columns,
+                                    total,
+                                    int(size_of(dtype)),
+                                    to_minus_infinity,
                                     keys ? packing.starts_kv : packing.starts_q};
 }
 
@@ -83,7 +88,8 @@ void forward(const ForwardCall& call, const Plan& plan, Stream stream) {
   ClearTailParams tails;
   add_tail(&tails, p, call.out, p.heads_q, p.dim_v, p.dtype, false);
   if (const RowValues<void>& lse = call.lse; lse.present()) {
-    add_tail(&tails, p, {lse.data, {0, lse.head_stride, 1, 0}}, p.heads_q, 1, lse_dtype(p.dtype), false, true);
+    add_tail(&tails, p, {lse.data, {0, lse.head_stride, 1, 0}}, p.heads_q, 1, lse_dtype(p.dtype), false,
+             true);
   }
   clear_tails(tails, stream);
 }

@@ -25,7 +25,8 @@ class ClearTail {
     const int64_t count = (tail.total - first) * row_elements;  // none or less: nothing to do
     for (int64_t i = block_index() * kThreads + thread_index(); i < count; i += params.blocks * kThreads) {
       const int64_t row = first + i / row_elements, rest = i % row_elements;
-      const int64_t at = tail.view.offset(0, rest / tail.columns, row) + rest % tail.columns * tail.view.stride[3];
+      const int64_t at =
+          tail.view.offset(0, rest / tail.columns, row) + rest % tail.columns * tail.view.stride[3];
       set(tail, at);
     }
   }

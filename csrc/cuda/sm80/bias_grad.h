@@ -97,12 +97,14 @@ class BiasGrad {
     const int column = (score ? step : step - steps_k) * kDim;
     const int columns = int(score ? p_.dim : p_.dim_v);
     const int head_kv = at.head / int(p_.group()), keys_left = at.sequence.seq_kv - at.key;
-    load_tile<kThreads>(TileKV{slot}, RowSource<const T>(score ? p_.k : p_.v, at.sequence.batch, head_kv, at.sequence.first_key),
-                        PlainRows{at.key}, keys_left < kTileKV ? keys_left : kTileKV, column, columns,
-                        score ? params_.vector.k : params_.vector.v);
+    load_tile<kThreads>(
+        TileKV{slot},
+        RowSource<const T>(score ? p_.k : p_.v, at.sequence.batch, head_kv, at.sequence.first_key),
+        PlainRows{at.key}, keys_left < kTileKV ? keys_left : kTileKV, column, columns,
+        score ? params_.vector.k : params_.vector.v);
     load_tile<kThreads>(TileQ{slot + TileKV::kBytes},
                         RowSource<const T>(score ? p_.q : params_.call.dout, at.sequence.batch, at.head,
-                                            at.sequence.first_query),
+                                           at.sequence.first_query),
                         PlainRows{at.query}, query_count(at), column, columns,
                         score ? params_.vector.q : params_.vector.dout);
   }
@@ -136,15 +138,9 @@ class BiasGrad {
         else multiply_rows<T>(ds, rows, row, TileKV{slot}, 0, params_.fast_fp32);
       }
       // One head: rows are queries, and the statistics lie a group apart.
-      ScoreTile tile{p_,
-                     params_.scale,
-                     at.sequence.batch,
-                     at.head,
-                     PackedRows(),
-                     query_count(at),
-                     at.key,
-                     at.sequence.kv_length,
-                     known_band(at.sequence.band())};
+      ScoreTile tile{p_,      params_.scale,         at.sequence.batch,
+                     at.head, PackedRows(),          query_count(at),
+                     at.key,  at.sequence.kv_length, known_band(at.sequence.band())};
       tile.rows.query_begin = at.query;
       score_gradients<true>(s, ds, load_stats(at, row), tile, row, classify_tile(at) != TileClass::kFull,
                             p_.has_mask(),

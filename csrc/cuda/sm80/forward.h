@@ -43,7 +43,10 @@ class Forward {
 
  private:
   explicit FAE_DEVICE Forward(const Params& params)
-      : params_(params), p_(params.call.problem), smem_(shared_memory()), sequence_(smem_ + (kSharedBytes - SharedSequence<T>::kBytes)) {
+      : params_(params),
+        p_(params.call.problem),
+        smem_(shared_memory()),
+        sequence_(smem_ + (kSharedBytes - SharedSequence<T>::kBytes)) {
     const BlockOrder::Place place = params.order.place(block_index());
     const int slices = kSplit ? int((p_.dim_v + kDim - 1) / kDim) : 1;
     const int64_t unit = place.unit / slices;
@@ -122,8 +125,8 @@ class Forward {
         if (seen) multiply_rows<T>(s, q, row, TileKV{slot}, 0, params_.fast_fp32);
       }
       if (seen) {
-        const bool partial = classify(sequence_.band(), kv_length_, rows_.query_begin, query_end_,
-                                      key, key + kTileKV) != TileClass::kFull;
+        const bool partial = classify(sequence_.band(), kv_length_, rows_.query_begin, query_end_, key,
+                                      key + kTileKV) != TileClass::kFull;
         const bool masked = mask_class == TileClass::kPartial;
         if (kModified || partial || masked) {
           finish_scores<kModified, false>(s, no_slope, tile, row, 0, partial, masked);
@@ -139,8 +142,9 @@ class Forward {
   }
 
   FAE_DEVICE ScoreTile score_tile(int key) const {
-    return {p_,         params_.scale, batch_,     head_q(),        rows_,
-            row_count_, key,           kv_length_, shared_band(sequence_.band_at())};
+    return {p_,       params_.scale, batch_,
+            head_q(), rows_,         row_count_,
+            key,      kv_length_,    shared_band(sequence_.band_at())};
   }
 
   FAE_DEVICE void store(FragC (&out)[kM][kDim / 8], const OnlineSoftmax<kM>& softmax, int row) {
@@ -195,8 +199,7 @@ class Forward {
   FAE_DEVICE void store_lse(int r, double lse) const {
     const RowValues<void>& to = params_.call.lse;
     if (!to.present()) return;
-    const int64_t at = to.index(batch_, head_q() + rows_.head(r),
-                                sequence_.first_query() + rows_.query(r));
+    const int64_t at = to.index(batch_, head_q() + rows_.head(r), sequence_.first_query() + rows_.query(r));
     if constexpr (lse_dtype(DTypeOf<T>::value) == DType::kFloat64) {
       store_global(static_cast<double*>(to.data) + at, lse);
     } else {

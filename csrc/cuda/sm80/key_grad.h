@@ -51,7 +51,10 @@ class KeyGrad {
 
  private:
   explicit FAE_DEVICE KeyGrad(const Params& params)
-      : params_(params), p_(params.call.problem), smem_(shared_memory()), sequence_(smem_ + (kSharedBytes - SharedSequence<T>::kBytes)) {
+      : params_(params),
+        p_(params.call.problem),
+        smem_(shared_memory()),
+        sequence_(smem_ + (kSharedBytes - SharedSequence<T>::kBytes)) {
     const BlockOrder::Place place = params.order.place(block_index());
     const int slices = kSplit ? int(((p_.dim > p_.dim_v ? p_.dim : p_.dim_v) + kDim - 1) / kDim) : 1;
     const int64_t unit = place.unit / slices;
@@ -94,12 +97,18 @@ class KeyGrad {
   FAE_DEVICE void load_rows(TileQ tile, const RowSource<const T>& source, int column, int64_t columns,
                             bool vector) const {
     const int left = packed_rows() - load_row_;
-    load_tile<kThreads>(tile, source, PackedRows(load_row_, p_.group()), left < kTileQ ? left : kTileQ, column, int(columns),
-                        vector);
+    load_tile<kThreads>(tile, source, PackedRows(load_row_, p_.group()), left < kTileQ ? left : kTileQ,
+                        column, int(columns), vector);
   }
-  FAE_DEVICE void load_k(TileKV tile, int c) const { load_keys(tile, sequence_.k(p_), c, p_.dim, params_.vector.k); }
-  FAE_DEVICE void load_v(TileKV tile, int c) const { load_keys(tile, sequence_.v(p_), c, p_.dim_v, params_.vector.v); }
-  FAE_DEVICE void load_q(TileQ tile, int c) const { load_rows(tile, sequence_.q(p_), c, p_.dim, params_.vector.q); }
+  FAE_DEVICE void load_k(TileKV tile, int c) const {
+    load_keys(tile, sequence_.k(p_), c, p_.dim, params_.vector.k);
+  }
+  FAE_DEVICE void load_v(TileKV tile, int c) const {
+    load_keys(tile, sequence_.v(p_), c, p_.dim_v, params_.vector.v);
+  }
+  FAE_DEVICE void load_q(TileQ tile, int c) const {
+    load_rows(tile, sequence_.q(p_), c, p_.dim, params_.vector.q);
+  }
   FAE_DEVICE void load_dout(TileQ tile, int c) const {
     load_rows(tile, sequence_.dout(params_.call.dout), c, p_.dim_v, params_.vector.dout);
   }
@@ -216,8 +225,8 @@ class KeyGrad {
   FAE_DEVICE void score_gradients(Scores& s, const ScoreTile& tile, TileClass mask_class, int key_row,
                                   int row, Use&& use, Scores& ds) const {
     const bool partial =
-        classify(sequence_.band(), kv_length_, tile.rows.query_begin,
-                 tile.rows.query(tile.row_count - 1) + 1, key_, key_ + kTileKV) != TileClass::kFull;
+        classify(sequence_.band(), kv_length_, tile.rows.query_begin, tile.rows.query(tile.row_count - 1) + 1,
+                 key_, key_ + kTileKV) != TileClass::kFull;
     const bool masked = mask_class != TileClass::kFull;
     FragC slope[1][kModified ? kTileQ / 8 : 1];
     if constexpr (kModified) {
@@ -278,8 +287,8 @@ class KeyGrad {
         const int quad = (__builtin_ffs(int(bad)) - 1) / 4, r = key_row + 8 * int(half) + quad;
         bad &= ~(0xfu << (4 * quad));
         if (r >= key_count_) continue;
-        exact_key_grad_row<T, kModified, kDim>(params_, batch_, head_kv_, key_ + r, column(),
-                                               dk_tile, dv_tile, r);
+        exact_key_grad_row<T, kModified, kDim>(params_, batch_, head_kv_, key_ + r, column(), dk_tile,
+                                               dv_tile, r);
       }
     }
     warp_barrier();
@@ -316,9 +325,9 @@ class KeyGrad {
   const SharedSequence<T> sequence_;
   int batch_, head_kv_;
   int kv_length_;
-  int slice_;      // of the columns of dK and dV
-  int key_;        // first key of the block
-  int key_count_;  // keys of its tile that exist
+  int slice_;                  // of the columns of dK and dV
+  int key_;                    // first key of the block
+  int key_count_;              // keys of its tile that exist
   int row_ = 0, row_end_ = 0;  // packed rows that see one of the keys, from a tile's first on
   // What load_next loads next.
   int load_row_ = 0;

@@ -42,7 +42,10 @@ class QueryGrad {
 
  private:
   explicit FAE_DEVICE QueryGrad(const Params& params)
-      : params_(params), p_(params.call.problem), smem_(shared_memory()), sequence_(smem_ + (kSharedBytes - SharedSequence<T>::kBytes)) {
+      : params_(params),
+        p_(params.call.problem),
+        smem_(shared_memory()),
+        sequence_(smem_ + (kSharedBytes - SharedSequence<T>::kBytes)) {
     const BlockOrder::Place place = params.order.place(block_index());
     const int slices = kSplit ? int((p_.dim + kDim - 1) / kDim) : 1;
     const int64_t unit = place.unit / slices;
@@ -85,10 +88,15 @@ class QueryGrad {
   FAE_DEVICE void load_keys(TileKV tile, const RowSource<const T>& source, int c, int64_t columns,
                             bool vector) const {
     const int left = key_end_ - load_key_;
-    load_tile<kThreads>(tile, source, PlainRows{load_key_}, left < kTileKV ? left : kTileKV, c, int(columns), vector);
+    load_tile<kThreads>(tile, source, PlainRows{load_key_}, left < kTileKV ? left : kTileKV, c, int(columns),
+                        vector);
   }
-  FAE_DEVICE void load_k(TileKV tile, int c) const { load_keys(tile, sequence_.k(p_), c, p_.dim, params_.vector.k); }
-  FAE_DEVICE void load_v(TileKV tile, int c) const { load_keys(tile, sequence_.v(p_), c, p_.dim_v, params_.vector.v); }
+  FAE_DEVICE void load_k(TileKV tile, int c) const {
+    load_keys(tile, sequence_.k(p_), c, p_.dim, params_.vector.k);
+  }
+  FAE_DEVICE void load_v(TileKV tile, int c) const {
+    load_keys(tile, sequence_.v(p_), c, p_.dim_v, params_.vector.v);
+  }
 
   // The next item of the sequence. Whole: K and V of a tile of keys. Split: slices of K and Q,
   // slices of V and dO, then the slice of K that dQ is made of.
@@ -135,8 +143,9 @@ class QueryGrad {
       Scores s, ds;
       clear(s);
       clear(ds);
-      const ScoreTile tile{p_,         params_.scale, batch_,     head_q(),        rows_,
-                           row_count_, key,           kv_length_, shared_band(sequence_.band_at())};
+      const ScoreTile tile{p_,       params_.scale, batch_,
+                           head_q(), rows_,         row_count_,
+                           key,      kv_length_,    shared_band(sequence_.band_at())};
       const TileClass mask_class =
           p_.has_mask() ? classify_masks<16, kTileKV>(tile, row, 0) : TileClass::kFull;
       // A warp whose rows see nothing of the tile only keeps step with the others.

@@ -165,11 +165,12 @@ FAE_DEVICE_COLD KeyRange trim_keys(const Problem& p, int batch, int head_kv, int
   const BoolMask& mask = p.masking.mask;
   if (!mask.present() || mask.dense() || keys.empty() || begin >= end) return keys;
   const int heads = mask.stride[1] == 0 ? 1 : int(p.group());
-  const int64_t last_row = (end - 1) / mask.block_q;
+  const unsigned block_q = unsigned(mask.block_q), block_kv = unsigned(mask.block_kv);
+  const int first_row = int(unsigned(begin) / block_q), last_row = int(unsigned(end - 1) / block_q);
   const KeyRange blocks = trim<kThreads>(
-      {keys.begin / mask.block_kv, (keys.end - 1) / mask.block_kv + 1}, true, [&](int n) {
+      {unsigned(keys.begin) / block_kv, unsigned(keys.end - 1) / block_kv + 1}, true, [&](int n) {
         FAE_NO_UNROLL
-        for (int64_t r = begin / mask.block_q; r <= last_row; ++r) {
+        for (int r = first_row; r <= last_row; ++r) {
           FAE_NO_UNROLL
           for (int h = 0; h < heads; ++h) {
             const int64_t at = mask.offset(batch, head_kv * p.group() + h, r) + n * mask.stride[3];
@@ -206,11 +207,12 @@ FAE_DEVICE_COLD KeyRange trim_queries(const Problem& p, int batch, int head_kv, 
   const BoolMask& mask = p.masking.mask;
   if (!mask.present() || mask.dense() || queries.empty() || begin >= end) return queries;
   const int heads = mask.stride[1] == 0 ? 1 : int(p.group());
-  const int64_t last_column = (end - 1) / mask.block_kv;
+  const unsigned block_q = unsigned(mask.block_q), block_kv = unsigned(mask.block_kv);
+  const int first_column = int(unsigned(begin) / block_kv), last_column = int(unsigned(end - 1) / block_kv);
   const KeyRange blocks = trim<kThreads>(
-      {queries.begin / mask.block_q, (queries.end - 1) / mask.block_q + 1}, true, [&](int n) {
+      {unsigned(queries.begin) / block_q, unsigned(queries.end - 1) / block_q + 1}, true, [&](int n) {
         FAE_NO_UNROLL
-        for (int64_t c = begin / mask.block_kv; c <= last_column; ++c) {
+        for (int c = first_column; c <= last_column; ++c) {
           FAE_NO_UNROLL
           for (int h = 0; h < heads; ++h) {
             const int64_t at = mask.offset(batch, head_kv * p.group() + h, n) + c * mask.stride[3];
