@@ -45,7 +45,9 @@ PIPELINE, FRAG, GMEM, ROWS = (
     f"csrc/cuda/tile/{name}.h" for name in ("pipeline", "frag", "gmem_tile", "rows")
 )
 SMEM, SCORE, SOFTMAX = (f"csrc/cuda/tile/{name}.h" for name in ("smem_tile", "score", "softmax"))
-SCORE_GRAD = "csrc/cuda/tile/score_grad.h"
+SCORE_GRAD, SEQUENCE, MASK_CLASS = (
+    f"csrc/cuda/tile/{name}.h" for name in ("score_grad", "sequence", "mask_class")
+)
 FWD, KEY, QUERY = (f"csrc/cuda/sm80/{name}.h" for name in ("forward", "key_grad", "query_grad"))
 MASK, PARAMS = "csrc/core/mask.h", "csrc/cuda/params.h"
 STATS, ROUND = "csrc/cuda/bwd_aux/row_stats.h", "csrc/cuda/bwd_aux/round_query_grad.h"
@@ -97,6 +99,14 @@ MUTATIONS = [
     Mutation("query_range_cut_short", KEY_GRAD, KEY, "int(queries.end) * group", "(int(queries.end) - 1) * group", "mismatch"),
     Mutation("first_query_tile_late", KEY_GRAD, KEY, "int(queries.begin) * group / kTileQ * kTileQ", "int(queries.begin) * group / kTileQ * kTileQ + kTileQ", "mismatch"),
     Mutation("dq_rounded_from_other_column", KEY_GRAD, ROUND, "load_global(sums + c) * scale", "load_global(sums + (c ^ 1)) * scale", "mismatch"),
+    # Sequences of their own lengths, masks of ranges, pages.
+    Mutation("sequence_begins_late", FORWARD, SEQUENCE, "first_key = int(s.first_key);", "first_key = int(s.first_key) + 1;"),
+    Mutation("sequence_without_end", FORWARD, FWD, "sequence.seq_q * int(p_.group())", "int(p_.packed_rows())"),
+    Mutation("queries_of_the_next_sequence", KEY_GRAD, KEY, "seeing_queries(sequence.band(), sequence.seq_q", "seeing_queries(sequence.band(), p_.seq_q"),
+    Mutation("statistics_overlap", KEY_GRAD, PARAMS, "batch * batch_stride + head_kv", "0 * batch_stride + head_kv"),
+    Mutation("page_of_another_sequence", FORWARD, ROWS, "rows.pages.at(rows.entry, ", "rows.pages.at(0, ", "mismatch"),
+    Mutation("intervals_wrongly_full", FORWARD, MASK_CLASS, "all &= warp_ballot(!all_here) == 0;", "", "mismatch"),
+    Mutation("keys_trimmed_too_far", QUERY_GRAD, MASK_CLASS, "range.end) += front ? chunk : -chunk;", "range.end) += front ? chunk : -chunk - 16;", "mismatch"),
 ]  # fmt: skip
 
 

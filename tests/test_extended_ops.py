@@ -9,7 +9,7 @@ import torch
 from cases import Case, build
 
 import flash_attn_ext as fae
-from flash_attn_ext import _extended, dispatch
+from flash_attn_ext import _cuda, _extended, dispatch
 from flash_attn_ext._options import EXTENDED_TENSORS, Options
 
 SMALL = dict(batch=2, heads=(4, 2), seq=(9, 13), dim=(8, 6))
@@ -26,8 +26,8 @@ CASES = [
 
 
 def registered_operators() -> list[str]:
-    """Those of the extended family, but of the emulated kernels, which refuse what is extended: they are there
-    once another test has loaded them."""
+    """Those of the extended family, but of the emulated kernels, which do not know all of it: they are there once
+    another test has loaded them."""
     names = torch._C._dispatch_get_all_op_names()
     return sorted(
         n for n in names if n.startswith("flash_attn_ext::") and "_extended" in n and "emulated" not in n
@@ -239,8 +239,8 @@ def test_features_are_named():
     assert plain.features() == () and not plain.is_extended()
 
 
-@pytest.mark.parametrize("feature", FEATURES)
-def test_cuda_kernels_object_to_each_feature(feature, monkeypatch, caplog):
+@pytest.mark.parametrize("feature", _cuda.UNSERVED)
+def test_cuda_kernels_object_to_each_feature_they_lack(feature, monkeypatch, caplog):
     """auto on CUDA tensors then takes portable, and says why."""
     device = torch.device("cuda")
     request = dispatch.Request(device, torch.float16, 64, False, (feature,))
@@ -255,6 +255,13 @@ def test_cuda_kernels_object_to_each_feature(feature, monkeypatch, caplog):
         dispatch.resolve("cuda", "auto", request)
 
 
+def test_cuda_kernels_serve_the_others():
+    device = torch.device("cuda")
+    served = tuple(feature for feature in FEATURES if feature not in _cuda.UNSERVED)
+    plain = dispatch.Request(device, torch.float16, 64, False)
+    assert dispatch.objections("cuda", plain._replace(features=served)) == dispatch.objections("cuda", plain)
+
+
 def test_explain(extended_target):
     q, k, v, slopes, sinks = (t.detach() for t in leaves())
     options = dict(
@@ -265,5 +272,5 @@ def test_explain(extended_target):
     )
     plan = fae.explain(q, k, v, backend=extended_target.backend, **options)
     assert plan.backend == extended_target.backend and plan.flops > 0
-    assert all(feature in "; ".join(plan.rejected["cuda"]) for feature in FEATURES[:4])
+    assert all(feature in "; ".join(plan.rejected["cuda"]) for feature in _cuda.UNSERVED)
     assert fae.explain(q.to("meta"), k.to("meta"), v.to("meta"), sinks=sinks.to("meta")).flops > 0
