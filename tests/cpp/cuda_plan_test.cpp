@@ -193,7 +193,7 @@ TEST(CudaPlan, StatisticsOfPackedSequences) {
 }
 
 TEST(CudaPlan, CachesHaveNoGradients) {
-  Problem p = problem(DType::kFloat16, 64);
+  Problem p = problem(DType::kBFloat16, 64);
   p.cache.capacity = 300;
   EXPECT_TRUE(plan_forward(p, device(kLarge), {}).objections.empty());
   const Plan plan = backward_plan(p, kLarge);
