@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 from conftest import EMULATED, EXTENDED_TARGETS, STANDARD, Target
@@ -216,18 +214,10 @@ def test_typed_masks(name, packing_target):
         for b, (n, m) in enumerate(zip(lengths_q, lengths_k, strict=True)):
             own_prefix = PrefixLMMask(prefix if isinstance(prefix, int) else prefix[b : b + 1])
             dense[b, :, :n, :m] = own_prefix.dense(1, 1, n, m)
-    tensors = packed(lengths_q, lengths_k, dtype=packing_target.widest)
+    call = (packed(lengths_q, lengths_k, dtype=packing_target.widest), lengths_q, lengths_k)
     for known in ({}, dict(max_seqlen_q=12, max_seqlen_k=20)):
-        compare(
-            tensors,
-            lengths_q,
-            lengths_k,
-            packing_target.backend,
-            dict(causal=True),
-            dict(mask=dense),
-            mask=typed.mask,
-            **known,
-        )
+        options = dict(mask=typed.mask, **known)
+        compare(*call, packing_target.backend, dict(causal=True), dict(mask=dense), **options)
 
 
 def test_trees(packing_target):
@@ -237,31 +227,19 @@ def test_trees(packing_target):
     dense = torch.zeros(2, 1, 4, 9, dtype=torch.bool)
     for b, (n, m) in enumerate(zip(lengths_q, lengths_k, strict=True)):
         dense[b, :, :n, :m] = TreeMask(parents[b]).dense(1, 1, n, m)
-    compare(
-        packed(lengths_q, lengths_k, dtype=packing_target.widest),
-        lengths_q,
-        lengths_k,
-        packing_target.backend,
-        {},
-        dict(mask=dense),
-        mask=TreeMask(parents),
-    )
+    call = (packed(lengths_q, lengths_k, dtype=packing_target.widest), lengths_q, lengths_k)
+    compare(*call, packing_target.backend, {}, dict(mask=dense), mask=TreeMask(parents))
 
 
 def test_rows_of_no_sequence(packing_target):
     """They are 0 and -inf, get no gradient, and are not read: not even a NaN."""
     lengths = [5, 3], [4, 7]
     tensors = packed(*lengths, beyond=(4, 6), dtype=packing_target.widest)
-    clean = compare(tensors, *lengths, packing_target.backend, dict(causal=True), **packing_target.repeatable)
+    how = (*lengths, packing_target.backend, dict(causal=True))
+    clean = compare(tensors, *how, **packing_target.repeatable)
     q, k, v, dout, dlse = (t.clone() for t in tensors)
     q[8:], k[11:], v[11:], dout[8:], dlse[:, 8:] = (float("nan"),) * 5
-    dirty = compare(
-        (q, k, v, dout, dlse),
-        *lengths,
-        packing_target.backend,
-        dict(causal=True),
-        **packing_target.repeatable,
-    )
+    dirty = compare((q, k, v, dout, dlse), *how, **packing_target.repeatable)
     assert all(torch.equal(clean[name], dirty[name]) for name in clean)
     assert not clean["out"][8:].any() and not clean["dk"][11:].any() and clean["lse"][:, 8:].isneginf().all()
 
@@ -269,48 +247,6 @@ def test_rows_of_no_sequence(packing_target):
 @pytest.mark.parametrize("beyond", [(0, 0), (3, 2)], ids=str)
 def test_empty_batch(beyond, packing_target):
     compare(packed([], [], beyond=beyond, dtype=packing_target.widest), [], [], packing_target.backend)
-
-
-def draw_masks(r: random.Random, lengths_q: list[int], lengths_k: list[int], heads: int) -> tuple[dict, dict]:
-    """Options of any kind that the CUDA kernels know, and a typed mask with what it means to the oracle."""
-    batch, seq_q, seq_kv = len(lengths_q), max(lengths_q), max(lengths_k)
-    options = {
-        "causal": r.choice([False, True, "top_left"]),
-        "window": r.choice([None, None, (9, None), (20, 3)]),
-        "softcap": r.choice([0.0, 2.0]),
-    }
-    if r.random() < 0.4:
-        options["bias"] = torch.randn(
-            r.choice([1, batch]), r.choice([1, heads]), seq_q, r.choice([1, seq_kv])
-        )
-    if r.random() < 0.3:
-        options["kv_lengths"] = torch.tensor([r.randint(0, n + 2) for n in lengths_k])
-    kind = r.choice(["none", "mask", "scattered", "blocks", "head-blocks"])
-    if kind == "mask":
-        options["mask"] = torch.rand(batch, r.choice([1, heads]), seq_q, seq_kv) < 0.7
-    if kind in ("none", "mask"):
-        return options, {}
-    return options, {"typed": draw_typed(kind, batch, heads, seq_q, seq_kv, torch.Generator().manual_seed(3))}
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_products_on_the_cuda_kernels(seed, emulator):
-    """Everything that they know, in packed sequences, several tiles long."""
-    r = random.Random(seed)
-    torch.manual_seed(seed)
-    batch, heads = r.randint(2, 4), r.choice([(2, 1), (3, 3), (6, 2)])
-    lengths_q, lengths_k = ([r.choice([0, 1, 17, 64, 70]) for _ in range(batch)] for _ in range(2))
-    lengths_q[0], lengths_k[-1] = 33, 90
-    options, more = draw_masks(r, lengths_q, lengths_k, heads[0])
-    typed = more.pop("typed", None)
-    oracle = {"mask": typed.dense} if typed else {}
-    dtype = r.choice([torch.float32, torch.bfloat16])
-    tensors = packed(
-        lengths_q, lengths_k, heads, r.choice([(8, 8), (24, 6)]), dtype, beyond=(r.randint(0, 3), 2)
-    )
-    fae.testing.set_emulator_seed(seed)
-    how = {"deterministic": seed % 2 == 0, **({"mask": typed.mask} if typed else {})}
-    compare(tensors, lengths_q, lengths_k, EMULATED.backend, options, oracle, **how)
 
 
 @settings(
