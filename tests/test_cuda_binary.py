@@ -16,7 +16,11 @@ from benchmarks.cuda_static import LIBRARY, Instruction, Kernel, category, main_
 # Bytes of stack that are known of, by name without the type; everything else must do with registers.
 KNOWN_STACK = {
     (name, dtype): stack
-    for name, stack in {"KeyGrad 128 modified": 16, "KeyGrad 64 split modified": 8}.items()
+    for name, stack in {
+        "KeyGrad 128 modified": 16,
+        "KeyGrad 64 split modified": 8,
+        "Forward 256 modified": 8,
+    }.items()
     for dtype in ("bfloat16", "float16")
 }
 
