@@ -18,6 +18,7 @@ FAE_DEVICE void load_tile(SmemTile<T, kRows, kCols> tile, const RowSource<const 
   constexpr int kTotal = kRows * Tile::kChunks;
   if constexpr (kLooksUpRows<Rows>) {
     if (vector) {
+      FAE_NO_UNROLL
       for (int index = thread_index(); index < kTotal; index += kThreads) {
         const int r = index / Tile::kChunks, chunk = index % Tile::kChunks;
         const int c = column + chunk * Tile::kChunk;
@@ -70,7 +71,8 @@ template <int kThreads, class T, int kRows, int kCols>
 FAE_DEVICE void load_keys(SmemTile<T, kRows, kCols> tile, const RowSource<const T>& source, const View4& view,
                           const Problem& p, const SharedSequence<T>& sequence, int batch, int key,
                           int row_count, int column, int columns, bool vector) {
-  if (const PageTable& pages = p.cache.pages; pages.present()) {
+  // Out of the way of all other calls.
+  if (const PageTable& pages = p.cache.pages; __builtin_expect(pages.present(), false)) {
     const PagedRows rows{pages, batch, sequence.first_key() + key, view.stride[0]};
     load_tile<kThreads>(tile, source, rows, row_count, column, columns, vector);
   } else {
