@@ -113,7 +113,7 @@ def machine() -> str:
 
 # Files of csrc/torch that belong to one operator library; the others are linked into each.
 OWN_TORCH_FILES = {
-    "cpu": {"backend_cpu.cpp", "executor.cpp", "kvcache.cpp"},
+    "cpu": {"backend_cpu.cpp", "executor.cpp"},
     "cuda": {"backend_cuda.cpp"},
     "emulated": {"backend_emulated.cpp"},
 }

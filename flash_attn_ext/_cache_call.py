@@ -204,4 +204,4 @@ _library.impl("portable_kvcache", _portable, "CompositeExplicitAutograd")
 PORTABLE = torch.ops.flash_attn_ext.portable_kvcache.default
 for _operator in (KERNEL, PORTABLE):
     torch.library.register_fake(_operator, fake)
-BY_BACKEND = {"cpu": KERNEL, "portable": PORTABLE, "standard": _standard}
+BY_BACKEND = {"cpu": KERNEL, "cuda": KERNEL, "portable": PORTABLE, "standard": _standard}

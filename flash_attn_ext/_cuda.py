@@ -39,13 +39,6 @@ class Device(NamedTuple):
 
 MAX_DIM = 1024
 
-# Of `Options.features`, what no kernel knows.
-UNSERVED = (
-    "masks of documents, prefixes and trees",
-    "block-sparse masks",
-    "packed sequences",
-)
-
 # An A100, for tensors that are on no card: fake and meta ones. The emulator is like the smallest cards.
 A100 = Device(80, 163 << 10, 40 << 20)
 EMULATED = Device(80, 99 << 10, 32 << 20)

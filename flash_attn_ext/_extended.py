@@ -70,9 +70,7 @@ def attention(
         q, k, v = autograd.autocast(q, k, v)
     config = a.config or AttentionConfig()
     options = options_of(q, k, a, config, packing)
-    name = dispatch.resolve(
-        a.backend, config.backend, dispatch.Request.of(q, v, a.batch_invariant, options.features())
-    )
+    name = dispatch.resolve(a.backend, config.backend, dispatch.Request.of(q, v, a.batch_invariant))
     own = own_arguments(name, config, a.batch_invariant, a.deterministic, q.dtype)
     differentiable = (q, k, v, a.bias, a.alibi_slopes, a.sinks)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)

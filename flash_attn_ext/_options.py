@@ -44,19 +44,8 @@ class Options(NamedTuple):
 
     def is_extended(self) -> bool:
         """Whether something is given that the plain operators do not take."""
-        return bool(self.features())
-
-    def features(self) -> tuple[str, ...]:
-        """What is used of what the plain operators do not know, in words."""
-        used = {
-            "alibi_slopes": self.alibi_slopes is not None,
-            "sinks": self.sinks is not None,
-            "dropout_p": self.rng_state is not None,
-            "masks of documents, prefixes and trees": self.row_labels is not None,
-            "block-sparse masks": (self.mask_block_q, self.mask_block_kv) != (1, 1),
-            "packed sequences": self.cu_seqlens_q is not None,
-        }
-        return tuple(name for name, is_used in used.items() if is_used)
+        tensors = (self.alibi_slopes, self.sinks, self.rng_state, self.row_labels, self.cu_seqlens_q)
+        return any(t is not None for t in tensors) or (self.mask_block_q, self.mask_block_kv) != (1, 1)
 
 
 PLAIN_TENSORS = ("mask", "bias", "kv_lengths")

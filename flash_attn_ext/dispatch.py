@@ -113,14 +113,13 @@ class Request(NamedTuple):
     dtype: torch.dtype
     dim: int  # the larger of q's and v's; 0 is unknown
     batch_invariant: bool
-    features: tuple[str, ...] = ()  # of `Options.features`
 
     @classmethod
-    def of(cls, q: Tensor, v: Tensor, batch_invariant: bool, features: tuple[str, ...] = ()) -> Request:
+    def of(cls, q: Tensor, v: Tensor, batch_invariant: bool) -> Request:
         """While torch traces, a size may be a symbol, and the choice must not depend on it."""
         sized = not torch.compiler.is_compiling() and q.dim() and v.dim()
         dim = max(q.shape[-1], v.shape[-1]) if sized else 0
-        return cls(q.device, q.dtype, dim, batch_invariant, features)
+        return cls(q.device, q.dtype, dim, batch_invariant)
 
 
 def objections(backend: str, request: Request) -> list[str]:
@@ -129,8 +128,6 @@ def objections(backend: str, request: Request) -> list[str]:
     device = request.device
     if backend in _cuda.BACKENDS:
         reasons += _cuda.objections(backend, device, request.dtype, request.dim)
-        unserved = (feature for feature in request.features if feature in _cuda.UNSERVED)
-        reasons += [f"its kernels do not know {feature} yet" for feature in unserved]
     if backend == "cpu" and device.type != "cpu":
         reasons.append(f"its kernels run on the CPU, q is on {device.type}")
     if backend == "standard" and request.batch_invariant:

@@ -133,7 +133,7 @@ def explain(
         causal, scale, layout, mask, bias, window, softcap, alibi_slopes, sinks, kv_lengths, dropout_p
     )
     options = options_of(q, k, arguments, config, draw=_no_state)
-    request = dispatch.Request.of(q, v, batch_invariant, options.features())
+    request = dispatch.Request.of(q, v, batch_invariant)
     chosen = dispatch.resolve(backend, config.backend, request)
     _errors.check_call(q, k, v, options, out)
     threads = torch.get_num_threads()

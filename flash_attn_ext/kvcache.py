@@ -127,7 +127,7 @@ def attend(call: _cache_call.CacheCall) -> tuple[Tensor, Tensor]:
         call = call._replace(
             **{name: t.to(dtype) for name in "qkv" if (t := getattr(call, name)) is not None}
         )
-    request = dispatch.Request.of(call.q, call.v_cache, call.batch_invariant, ("a cache of keys",))
+    request = dispatch.Request.of(call.q, call.v_cache, call.batch_invariant)
     name = dispatch.resolve("auto", "auto", request)
     try:
         out, lse = _cache_call.BY_BACKEND[name](*call.without_gradients())

@@ -4,6 +4,7 @@
 |---|---|---|
 | `attention_forward`, `attention_forward_out` | (out, lse) | CPU and CUDA kernels (C++) |
 | `attention_backward` | (dq, dk, dv, dbias) | CPU and CUDA kernels (C++) |
+| `attention_kvcache` | (out, lse) over a cache, after appending to it | CPU and CUDA kernels (C++) |
 | `attention` | attention_forward with autograd and autocast | as attention_forward |
 | `portable_forward`, `portable_backward`, `portable` | the same three by `portable.py` | any device |
 | `attention_extended`..., `portable_extended`... | the same with all `Options` | as the same without |

@@ -259,7 +259,7 @@ def _serve(strict: bool, query: Tensor, key: Tensor, value: Tensor, *args, **kwa
         return scaled_dot_product_attention(query, key, value, *args, **kwargs)
     tensors = (query, key, value, *args, *kwargs.values())
     dropout_p = kwargs.get("dropout_p", args[1] if len(args) > 1 else 0.0)
-    reason = _why_torch(dropout_p != 0.0, query, *(t for t in tensors if isinstance(t, Tensor)))
+    reason = _why_torch(query, *(t for t in tensors if isinstance(t, Tensor)))
     if reason is None:
         try:
             return scaled_dot_product_attention(query, key, value, *args, **kwargs)
@@ -269,7 +269,7 @@ def _serve(strict: bool, query: Tensor, key: Tensor, value: Tensor, *args, **kwa
     return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
 
 
-def _why_torch(with_dropout: bool, query: Tensor, *tensors: Tensor) -> str | None:
+def _why_torch(query: Tensor, *tensors: Tensor) -> str | None:
     """Why torch would do better than this package, if it would."""
     for t in tensors:
         if t.layout == torch.jagged:
@@ -279,10 +279,6 @@ def _why_torch(with_dropout: bool, query: Tensor, *tensors: Tensor) -> str | Non
         if t.is_nested or t.layout != torch.strided:
             return f"tensors of layout {'nested' if t.is_nested else t.layout} are not served"
     if is_auto() and query.device.type not in ("cpu", "meta"):
-        features = (
-            *(("dropout_p",) if with_dropout else ()),
-            *(("packed sequences",) if query.is_nested else ()),
-        )
-        _, reasons = preferred(Request(query.device, query.dtype, 0, False, features))
+        _, reasons = preferred(Request(query.device, query.dtype, 0, False))
         return "; ".join(reasons) or None
     return None

@@ -45,6 +45,11 @@ class Target:
         return self.backend in ("cuda", "cuda_emulated")
 
     @property
+    def widest(self) -> torch.dtype:
+        """The most precise dtype that it has kernels for."""
+        return torch.float32 if self.on_cuda_kernels else torch.float64
+
+    @property
     def repeatable(self) -> dict:
         """Options with which gradients are bitwise the same from run to run."""
         return {"deterministic": True} if self.on_cuda_kernels else {}
@@ -60,6 +65,13 @@ class Target:
             yield from ({"deterministic": False}, {"deterministic": True})
         else:
             yield {}
+
+    def one_schedule(self, number: int) -> dict:
+        """One of those, where there are many problems: another for each `number`."""
+        found = list(self.schedules())
+        if self.backend == "cuda_emulated":
+            fae.testing.set_emulator_seed(SEEDS[number % len(SEEDS)])
+        return found[number % len(found)]
 
 
 SEEDS = (1, 2, 3)
@@ -106,26 +118,11 @@ EMULATED_WORK = 4_000_000
 EMULATED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def serves(target: Target | None, case) -> bool:
-    """Whether the target has the features of a case."""
-    if not getattr(case, "is_extended", False) or target is None:
-        return True
-    if target.on_cuda_kernels:
-        return not case.typed
-    return target in (*EXTENDED_TARGETS, STANDARD)
-
-
-def _is_served(item) -> bool:
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    targets = (parameters.get(name) for name in ("target", "any_target", "cpu_target"))
-    return all(serves(target, parameters.get("case")) for target in targets)
-
-
 def _is_for_emulator(item) -> bool:
     """Whether a test on the emulator is small enough and has a dtype that the kernels know. Of extended cases
     every other one is its turn, in one dtype; with --slow they are all."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    if EMULATED not in (parameters.get("target"), parameters.get("any_target")):
+    if EMULATED not in (parameters.get(name) for name in ("target", "any_target", "extended_target")):
         return True
     slow = item.config.getoption("--slow")
     dtype, case = parameters.get("dtype"), parameters.get("case")
@@ -143,7 +140,7 @@ def _is_for_emulator(item) -> bool:
 
 def pytest_collection_modifyitems(config, items):
     slow = config.getoption("--slow") or "slow" in (config.option.markexpr or "")
-    chosen = [item for item in items if (slow or "slow" not in item.keywords) and _is_served(item)]
+    chosen = [item for item in items if slow or "slow" not in item.keywords]
     chosen = [item for item in chosen if _is_for_emulator(item)]
     if len(chosen) < len(items):
         kept = set(chosen)
@@ -209,7 +206,7 @@ def cpu_target(request, monkeypatch, steady) -> Target:
 
 @pytest.fixture
 def extended_target(request, monkeypatch, steady) -> Target:
-    """As `target`, for calls of the extended operators."""
+    """As `target`, for calls of the extended operators: for tests marked `cuda`, of what the CUDA kernels serve."""
     return _activate(request, monkeypatch)
 
 

@@ -194,13 +194,6 @@ class TestEmulated:
                          ["row_stats", "key_grad", "query_grad", "head_grad"],
                          ["row_stats", "key_grad", "round_query_grad"]]  # fmt: skip
 
-    @pytest.mark.parametrize("call", [fae.flash_attention, fae.explain])
-    def test_unserved_features_are_refused(self, call):
-        q, k, v = half(1, 8, 2, 16)
-        mask = fae.masks.DocumentMask(torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.int64))
-        with pytest.raises(NotImplementedError, match="do not know masks of documents"):
-            call(q, k, v, mask=mask, sinks=torch.zeros(2), backend=EMULATED.backend)
-
     def test_gradients_per_head_do_not_depend_on_the_schedule(self):
         """Also where atomics add up those of queries."""
         case = Case("heads", batch=2, heads=(4, 2), seq=(70, 90), sinks="float32", alibi="h", dropout_p=0.2)

@@ -17,21 +17,25 @@ from benchmarks.cuda_static import LIBRARY, Instruction, Kernel, category, main_
 KNOWN_STACK = {
     (name, dtype): stack
     for name, stack in {
-        "Forward 128 split modified": 40, "KeyGrad 128 modified": 24, "KeyGrad 64 split modified": 24
+        "KeyGrad 128 modified": 24,
+        "KeyGrad 64 split modified": 24,
+        "Forward 128 split modified": 40,
+        "Forward 256 modified": 8,
     }.items()
     for dtype in ("bfloat16", "float16")
 } | {("KeyGrad 64 modified", "float32"): 32}  # fmt: skip
 
 # The kernels that most calls run, the matrix instructions of a pass through their loop (by the tiles of
 # csrc/cuda/sm80/config.h: products x rows x columns x depth of a warp), and the least share of the tensor peak
-# that the loop's instructions may allow.
+# that the loop's instructions may allow. The short loops that copy keys out of pages lie on the path that is counted,
+# as if every call took them.
 LOOPS = {
-    ("Forward 64", "bfloat16"): (2 * (2 * 8 * 4), 0.95),
-    ("Forward 96", "bfloat16"): (2 * (2 * 4 * 6), 0.9),
-    ("Forward 128", "bfloat16"): (2 * (2 * 4 * 8), 0.95),
+    ("Forward 64", "bfloat16"): (2 * (2 * 8 * 4), 0.9),
+    ("Forward 96", "bfloat16"): (2 * (2 * 4 * 6), 0.8),
+    ("Forward 128", "bfloat16"): (2 * (2 * 4 * 8), 0.85),
     ("Forward 64", "float32"): (3 * 2 * (1 * 8 * 8), 0.95),
     ("KeyGrad 64", "bfloat16"): (5 * (1 * 8 * 4), 0.7),
-    ("KeyGrad 128", "bfloat16"): (5 * (1 * 4 * 8), 0.7),
+    ("KeyGrad 128", "bfloat16"): (5 * (1 * 4 * 8), 0.68),
     ("QueryGrad 64", "bfloat16"): (3 * (1 * 8 * 4), 0.7),
 }
 

@@ -47,7 +47,9 @@ PIPELINE, FRAG, GMEM, ROWS = (
     f"csrc/cuda/tile/{name}.h" for name in ("pipeline", "frag", "gmem_tile", "rows")
 )
 SMEM, SCORE, SOFTMAX = (f"csrc/cuda/tile/{name}.h" for name in ("smem_tile", "score", "softmax"))
-SCORE_GRAD = "csrc/cuda/tile/score_grad.h"
+SCORE_GRAD, SEQUENCE, MASK_CLASS = (
+    f"csrc/cuda/tile/{name}.h" for name in ("score_grad", "sequence", "mask_class")
+)
 FWD, KEY, QUERY = (f"csrc/cuda/sm80/{name}.h" for name in ("forward", "key_grad", "query_grad"))
 MASK, PARAMS = "csrc/core/mask.h", "csrc/cuda/params.h"
 STATS, ROUND, HEAD = (
@@ -112,6 +114,14 @@ MUTATIONS = [
     Mutation("dropout_one_key_on", FORWARD_MOD, DROPOUT, "uint32_t(words.x[i] >= threshold) << i", "uint32_t(words.x[i] >= threshold) << (i + 1) % 4", "mismatch"),
     Mutation("dropout_transposed_wrongly", KEY_GRAD_MOD, DROPOUT, "<< (turn ^ i)", "<< i", "mismatch"),
     Mutation("dropout_not_reused_in_dq", KEY_GRAD_MOD, SCORE_GRAD, "if (dropout.present()) {", "if (false) {", "mismatch"),
+    # Sequences of their own lengths, masks of ranges, pages.
+    Mutation("sequence_begins_late", FORWARD, SEQUENCE, "first_key = int(s.first_key);", "first_key = int(s.first_key) + 1;"),
+    Mutation("sequence_without_end", FORWARD, FWD, "sequence.seq_q * int(p_.group())", "int(p_.packed_rows())"),
+    Mutation("queries_of_the_next_sequence", KEY_GRAD, KEY, "seeing_queries(sequence.band(), sequence.seq_q", "seeing_queries(sequence.band(), p_.seq_q"),
+    Mutation("statistics_overlap", KEY_GRAD, PARAMS, "batch * batch_stride + head_kv", "0 * batch_stride + head_kv"),
+    Mutation("page_of_another_sequence", FORWARD, ROWS, "rows.pages.at(rows.entry, ", "rows.pages.at(0, ", "mismatch"),
+    Mutation("intervals_wrongly_full", FORWARD, MASK_CLASS, "all &= warp_ballot(!all_here) == 0;", "", "mismatch"),
+    Mutation("keys_trimmed_too_far", QUERY_GRAD, MASK_CLASS, "range.end) += front ? chunk : -chunk;", "range.end) += front ? chunk : -chunk - 16;", "mismatch"),
 ]  # fmt: skip
 
 

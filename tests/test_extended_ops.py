@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 from cases import Case, build
 
 import flash_attn_ext as fae
-from flash_attn_ext import _cuda, _extended, dispatch
+from flash_attn_ext import _extended
 from flash_attn_ext._options import EXTENDED_TENSORS, Options
 
 SMALL = dict(batch=2, heads=(4, 2), seq=(9, 13), dim=(8, 6))
@@ -26,8 +24,8 @@ CASES = [
 
 
 def registered_operators() -> list[str]:
-    """Those of the extended family, but of the emulated kernels, which refuse some of what is extended: they are
-    there once another test has loaded them."""
+    """Those of the extended family, but of the emulated kernels, which do not know all of it: they are there once
+    another test has loaded them."""
     names = torch._C._dispatch_get_all_op_names()
     return sorted(
         n for n in names if n.startswith("flash_attn_ext::") and "_extended" in n and "emulated" not in n
@@ -221,47 +219,12 @@ def test_out_and_grad_and_changes(name, extended_target):
         out.sum().backward()
 
 
-FEATURES = (
-    "alibi_slopes",
-    "sinks",
-    "dropout_p",
-    "masks of documents, prefixes and trees",
-    "block-sparse masks",
-    "packed sequences",
-)
-
-
-def test_features_are_named():
-    everything = Options(*[torch.empty(0)] * len(EXTENDED_TENSORS), dropout_p=0.1, mask_block_q=2)
-    assert everything.features() == FEATURES and everything.is_extended()
-    plain = Options(
-        mask=torch.empty(0), bias=torch.empty(0), kv_lengths=torch.empty(0), causal=1, softcap=2.0
-    )
-    assert plain.features() == () and not plain.is_extended()
-
-
-def test_cuda_kernels_object_to_what_they_do_not_know():
-    device = torch.device("cuda")
-    request = dispatch.Request(device, torch.float16, 64, False, FEATURES)
-    reasons = "; ".join(dispatch.objections("cuda", request))
-    assert set(_cuda.UNSERVED) < set(FEATURES)
-    assert [feature for feature in FEATURES if feature in reasons] == list(_cuda.UNSERVED)
-
-
-@pytest.mark.parametrize("feature", _cuda.UNSERVED)
-def test_cuda_kernels_object_to_each_feature(feature, monkeypatch, caplog):
-    """auto on CUDA tensors then takes portable, and says why."""
-    device = torch.device("cuda")
-    request = dispatch.Request(device, torch.float16, 64, False, (feature,))
-    assert any(feature in reason for reason in dispatch.objections("cuda", request))
-    plain = request._replace(features=())
-    assert not any(feature in reason for reason in dispatch.objections("cuda", plain))
-    monkeypatch.setattr(dispatch, "_logged", set())
-    with caplog.at_level(logging.WARNING, logger="flash_attn_ext"):
-        assert dispatch.resolve("auto", "auto", request) == "portable"
-    assert feature in caplog.text
-    with pytest.raises(NotImplementedError, match="cuda.*cannot serve"):
-        dispatch.resolve("cuda", "auto", request)
+def test_what_is_extended():
+    assert not Options(mask=torch.empty(0), bias=torch.empty(0), kv_lengths=torch.empty(0)).is_extended()
+    assert not Options(causal=1, softcap=2.0).is_extended()
+    for name in ("alibi_slopes", "sinks", "rng_state", "row_labels", "cu_seqlens_q"):
+        assert Options(**{name: torch.empty(0)}).is_extended()
+    assert Options(mask_block_q=2).is_extended()
 
 
 def test_explain(extended_target):
@@ -274,5 +237,4 @@ def test_explain(extended_target):
     )
     plan = fae.explain(q, k, v, backend=extended_target.backend, **options)
     assert plan.backend == extended_target.backend and plan.flops > 0
-    assert FEATURES[3] in _cuda.UNSERVED and FEATURES[3] in "; ".join(plan.rejected["cuda"])
     assert fae.explain(q.to("meta"), k.to("meta"), v.to("meta"), sinks=sinks.to("meta")).flops > 0

@@ -289,3 +289,31 @@ def test_compiled(name):
         results.append((out, *torch.autograd.grad(out.sum(), (q, k, v))))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("sizes", [(70, 620), (620, 70)], ids=str)
+@pytest.mark.parametrize("kind", ["documents", "blocks"])
+def test_what_nobody_sees_at_both_ends_is_left_out_by_the_cuda_kernels(kind, sizes, emulator):
+    """Longer than a block of threads looks at in one go; results are those of the same mask written out."""
+    seq_q, seq_kv = sizes
+    torch.manual_seed(0)
+    if kind == "documents":
+        ids = [torch.arange(n) * 7 // n for n in sizes]
+        mask, dense = DocumentMask(*ids), ids[0][:, None] == ids[1]
+    else:
+        blocks = torch.rand(-(-seq_q // 30), -(-seq_kv // 40)) < 0.4
+        blocks[:, 0] = blocks[:, -1] = False
+        mask = BlockSparseMask(blocks, 30, 40)
+        dense = mask.dense(1, 1, seq_q, seq_kv)
+    leaves = [torch.randn(1, n, h, 8, requires_grad=True) for n, h in ((seq_q, 2), (seq_kv, 1), (seq_kv, 1))]
+    results = []
+    for backend, how, options in (
+        ("cpu", dense, {}),
+        ("cuda_emulated", mask, {"deterministic": False}),
+        ("cuda_emulated", mask, {"deterministic": True}),
+    ):
+        out = fae.flash_attention(*leaves, mask=how, backend=backend, **options)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
+    for got in results[1:]:
+        for a, b in zip(got, results[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

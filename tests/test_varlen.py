@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import EXTENDED_TARGETS, STANDARD
+from conftest import EMULATED, EXTENDED_TARGETS, STANDARD, Target
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import attend
@@ -141,11 +141,13 @@ OPTIONS = {
 }
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("dtype", LOOSE, ids=str)
 def test_every_sequence_by_itself(dtype, lengths, options, extended_target):
-    compare(packed(*lengths, dtype=dtype), *lengths, extended_target.backend, OPTIONS[options])
+    how = extended_target.one_schedule(len(options) + sum(lengths[0]))
+    compare(packed(*lengths, dtype=dtype), *lengths, extended_target.backend, OPTIONS[options], **how)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -155,18 +157,31 @@ def test_standard_backend(lengths, options):
     compare(packed(*lengths), *lengths, "standard", OPTIONS[options])
 
 
-@pytest.fixture(params=[STANDARD, *EXTENDED_TARGETS], ids=lambda t: t.name)
-def any_backend(request, monkeypatch, steady) -> str:
-    """The name of each backend that knows packed sequences, its instruction set chosen."""
+def activate(request, monkeypatch) -> Target:
+    if request.param == EMULATED:
+        request.getfixturevalue("emulator")
     if request.param.isa is not None:
         monkeypatch.setenv("FLASH_ATTN_EXT_CPU_ISA", request.param.isa)
-    return request.param.backend
+    return request.param
+
+
+@pytest.fixture(params=[STANDARD, *EXTENDED_TARGETS, EMULATED], ids=lambda t: t.name)
+def packing_target(request, monkeypatch, steady) -> Target:
+    """Each backend that knows packed sequences, its instruction set chosen."""
+    return activate(request, monkeypatch)
+
+
+@pytest.fixture(params=[STANDARD, *EXTENDED_TARGETS], ids=lambda t: t.name)
+def any_backend(request, monkeypatch, steady) -> str:
+    """The name of each that also knows all other options together with them."""
+    return activate(request, monkeypatch).backend
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (6, 2), (8, 1)], ids=str)
-def test_heads_and_indices(heads, any_backend):
+def test_heads_and_indices(heads, packing_target):
+    tensors = packed([4, 9], [9, 4], heads, dtype=packing_target.widest)
     for index in (torch.int32, torch.int64):
-        compare(packed([4, 9], [9, 4], heads), [4, 9], [9, 4], any_backend, dict(causal=True), index=index)
+        compare(tensors, [4, 9], [9, 4], packing_target.backend, dict(causal=True), index=index)
 
 
 def test_every_option_at_once(any_backend):
@@ -188,7 +203,7 @@ def test_dropout(any_backend):
 
 
 @pytest.mark.parametrize("name", ["scattered", "prefix", "prefixes", "blocks", "head-blocks", "documents"])
-def test_typed_masks(name, any_backend):
+def test_typed_masks(name, packing_target):
     """Positions count within the sequence: those of a prefix are shifted by its own lengths."""
     lengths_q, lengths_k = [5, 0, 12], [20, 3, 14]
     typed = draw_typed(name, 3, 4, 12, 20, torch.Generator().manual_seed(2))
@@ -199,53 +214,39 @@ def test_typed_masks(name, any_backend):
         for b, (n, m) in enumerate(zip(lengths_q, lengths_k, strict=True)):
             own_prefix = PrefixLMMask(prefix if isinstance(prefix, int) else prefix[b : b + 1])
             dense[b, :, :n, :m] = own_prefix.dense(1, 1, n, m)
-    tensors = packed(lengths_q, lengths_k)
+    call = (packed(lengths_q, lengths_k, dtype=packing_target.widest), lengths_q, lengths_k)
     for known in ({}, dict(max_seqlen_q=12, max_seqlen_k=20)):
-        compare(
-            tensors,
-            lengths_q,
-            lengths_k,
-            any_backend,
-            dict(causal=True),
-            dict(mask=dense),
-            mask=typed.mask,
-            **known,
-        )
+        options = dict(mask=typed.mask, **known)
+        compare(*call, packing_target.backend, dict(causal=True), dict(mask=dense), **options)
 
 
-def test_trees(any_backend):
+def test_trees(packing_target):
     """The last keys of every sequence are a tree of its own."""
     parents = torch.tensor([[-1, 0, 0], [-1, 0, 1]])
     lengths_q, lengths_k = [3, 4], [5, 9]
     dense = torch.zeros(2, 1, 4, 9, dtype=torch.bool)
     for b, (n, m) in enumerate(zip(lengths_q, lengths_k, strict=True)):
         dense[b, :, :n, :m] = TreeMask(parents[b]).dense(1, 1, n, m)
-    compare(
-        packed(lengths_q, lengths_k),
-        lengths_q,
-        lengths_k,
-        any_backend,
-        {},
-        dict(mask=dense),
-        mask=TreeMask(parents),
-    )
+    call = (packed(lengths_q, lengths_k, dtype=packing_target.widest), lengths_q, lengths_k)
+    compare(*call, packing_target.backend, {}, dict(mask=dense), mask=TreeMask(parents))
 
 
-def test_rows_of_no_sequence(any_backend):
+def test_rows_of_no_sequence(packing_target):
     """They are 0 and -inf, get no gradient, and are not read: not even a NaN."""
     lengths = [5, 3], [4, 7]
-    tensors = packed(*lengths, beyond=(4, 6))
-    clean = compare(tensors, *lengths, any_backend, dict(causal=True))
+    tensors = packed(*lengths, beyond=(4, 6), dtype=packing_target.widest)
+    how = (*lengths, packing_target.backend, dict(causal=True))
+    clean = compare(tensors, *how, **packing_target.repeatable)
     q, k, v, dout, dlse = (t.clone() for t in tensors)
     q[8:], k[11:], v[11:], dout[8:], dlse[:, 8:] = (float("nan"),) * 5
-    dirty = compare((q, k, v, dout, dlse), *lengths, any_backend, dict(causal=True))
+    dirty = compare((q, k, v, dout, dlse), *how, **packing_target.repeatable)
     assert all(torch.equal(clean[name], dirty[name]) for name in clean)
     assert not clean["out"][8:].any() and not clean["dk"][11:].any() and clean["lse"][:, 8:].isneginf().all()
 
 
 @pytest.mark.parametrize("beyond", [(0, 0), (3, 2)], ids=str)
-def test_empty_batch(beyond, any_backend):
-    compare(packed([], [], beyond=beyond), [], [], any_backend)
+def test_empty_batch(beyond, packing_target):
+    compare(packed([], [], beyond=beyond, dtype=packing_target.widest), [], [], packing_target.backend)
 
 
 @settings(

@@ -124,6 +124,9 @@ struct Masking {
   Lengths kv_lengths;
   BoolMask mask;
   Intervals intervals;
+
+  // Masks that hide ranges of keys from a query rather than single ones.
+  FAE_HD bool has_ranges() const { return intervals.present() || (mask.present() && !mask.dense()); }
 };
 
 // Keys that at least one query in [q_begin, q_end) may see under band and length.

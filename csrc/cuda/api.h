@@ -38,7 +38,8 @@ struct Plan {
   Launch forward;
   // Backward, in this order.
   Launch row_stats, key_grad, query_grad, round_query_grad, bias_grad, head_grad;
-  int64_t rows_padded = 0;  // backward, see RowStats
+  int64_t rows_padded = 0;  // backward: of a sequence's head
+  int64_t stats_rows = 0;   // of all, see RowStats
   int64_t dim_padded = 0;
   size_t workspace_bytes = 0;
 };
@@ -61,5 +62,9 @@ inline MoreGradients more_gradients(const BackwardCall& call) {
 // aligned to 16 bytes. Throw std::runtime_error when a kernel cannot be launched.
 void forward(const ForwardCall& call, const Plan& plan, Stream stream);
 void backward(const BackwardCall& call, const Plan& plan, void* workspace, Stream stream);
+
+// What a call on a cache does before forward(), whose queries are then those of `update.turned` if it has
+// any.
+void update_cache(const Problem& problem, const CacheUpdate& update, Stream stream);
 
 }  // namespace fae::cuda

@@ -1,7 +1,7 @@
 // What a kernel is launched with.
 #pragma once
 
-#include "core/problem.h"
+#include "core/cache_update.h"
 
 namespace fae::cuda {
 
@@ -52,14 +52,24 @@ struct ForwardParams {
   bool fast_fp32 = false;  // one TF32 product instead of three
 };
 
-// Per packed row, padded per K/V head to `rows_padded`: what the backward pass needs to know.
+// What rows in RowStats are padded to, per sequence and K/V head: every tile of packed rows.
+constexpr int kRowPadding = 128;
+
+// Per packed row: what the backward pass needs to know.
 struct RowStats {
   float* lse = nullptr;      // natural; +inf for rows without keys and for padding, so that P is 0
   float* lse_low = nullptr;  // what rounding lse left over, to be added to it
   float* delta = nullptr;    // rowsum(dO * O) - dlse
   float* dsink = nullptr;    // terms of the sinks' gradient, or none
   float* dalibi = nullptr;   // terms of the slopes' gradient, or none
-  int64_t rows_padded = 0;
+  int64_t batch_stride = 0;  // rows; of packed sequences what each may add to the rows before it
+  int64_t head_stride = 0;
+
+  // Of a sequence's first row. `rows_before`: packed rows of a head that lie before it, in packed sequences;
+  // they begin at multiples of kRowPadding, so far apart that the padded rows of one end before the next.
+  FAE_HD int64_t place(int64_t batch, int64_t head_kv, int64_t rows_before) const {
+    return batch * batch_stride + head_kv * head_stride + rows_before / kRowPadding * kRowPadding;
+  }
 };
 
 struct BackwardParams {
@@ -68,9 +78,33 @@ struct BackwardParams {
   ScoreScale scale;
   VectorRows vector;
   RowStats stats;
-  float* dq_sum = nullptr;  // (batch * heads_kv, rows_padded, dim_padded): sums of dS K, or none
+  float* dq_sum = nullptr;  // (rows as in stats, dim_padded): sums of dS K, or none
   int64_t dim_padded = 0;
   bool fast_fp32 = false;
+};
+
+struct CacheParams {
+  Problem problem;
+  CacheUpdate update;
+  bool queries = false;  // turn queries; else put keys and values into the cache
+  int64_t blocks = 1;
+};
+
+// Rows of one result from starts[batch] to `total`, behind the last of packed sequences.
+struct Tail {
+  View4 view;  // of one batch; LSEs are a column
+  int64_t heads = 0, columns = 0, total = 0;
+  int element_bytes = 0;
+  bool to_minus_infinity = false;  // floats or doubles; else to 0
+  Integers starts;
+};
+
+struct ClearTailParams {
+  static constexpr int kMost = 3;
+  Tail tails[kMost];
+  int count = 0;
+  int64_t batch = 0;
+  int64_t blocks = 1;
 };
 
 }  // namespace fae::cuda

@@ -1,7 +1,7 @@
 // Who computes: each operator library is linked with one of backend_*.cpp.
 #pragma once
 
-#include "core/problem.h"
+#include "core/cache_update.h"
 #include "torch/view.h"
 
 namespace fae::torch_ops {
@@ -20,5 +20,8 @@ struct RunOptions {
 // they throw. For gradients there are keys, too.
 void run_forward(const ForwardCall& call, Place place, const RunOptions& options);
 void run_backward(const BackwardCall& call, Place place, const RunOptions& options);
+
+// Appends, turns and attends; where the problem has no rows it only appends.
+void run_kvcache(const CachedCall& call, Place place, const RunOptions& options);
 
 }  // namespace fae::torch_ops

@@ -1,5 +1,6 @@
 // The operators on CPU tensors, and the schemas of flash_attn_ext.
 #include "cpu/api.h"
+#include "cpu/append.h"
 #include "torch/backend.h"
 #include "torch/executor.h"
 #include "torch/schemas.h"
@@ -19,14 +20,23 @@ void run_backward(const BackwardCall& call, Place, const RunOptions& options) {
                 executor);
 }
 
+void run_kvcache(const CachedCall& call, Place, const RunOptions& options) {
+  const cpu::Executor executor = torch_executor();
+  const cpu::Advice advice{0, 0, options.num_splits, options.batch_invariant};
+  ForwardCall forward = call.forward;
+  Problem& p = forward.problem;
+  const CacheUpdate& update = call.update;
+  const cpu::Plan plan = cpu::plan_forward(p, cpu::active_isa(), executor.threads, advice);
+  if (update.k.present()) cpu::append(p, update.k, update.v, update.rotary, executor);
+  if (update.turned.present()) {
+    cpu::rotate_queries(p, update.turned, update.rotary, update.queries_move, executor);
+    p.q = update.turned;
+  }
+  if (p.has_rows()) cpu::forward(forward, plan, executor);
+}
+
 }  // namespace fae::torch_ops
 
-STABLE_TORCH_LIBRARY(flash_attn_ext, m) {
-  fae::torch_ops::define(m, "attention");
-  m.def(("attention_kvcache" + fae::torch_ops::kKvCacheSchema).c_str());
-}
+STABLE_TORCH_LIBRARY(flash_attn_ext, m) { fae::torch_ops::define(m, "attention"); }
 
-STABLE_TORCH_LIBRARY_IMPL(flash_attn_ext, CPU, m) {
-  fae::torch_ops::implement(m, "attention");
-  m.impl("attention_kvcache", &fae::torch_ops::reporting<fae::torch_ops::attention_kvcache>);
-}
+STABLE_TORCH_LIBRARY_IMPL(flash_attn_ext, CPU, m) { fae::torch_ops::implement(m, "attention"); }

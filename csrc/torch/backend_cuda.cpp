@@ -63,6 +63,10 @@ void run_backward(const BackwardCall& call, Place place, const RunOptions& optio
   cuda_backward<Card>(call, place, options);
 }
 
+void run_kvcache(const CachedCall& call, Place place, const RunOptions& options) {
+  cuda_kvcache<Card>(call, place, options);
+}
+
 }  // namespace fae::torch_ops
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn_ext, CUDA, m) { fae::torch_ops::implement(m, "attention"); }

@@ -33,6 +33,18 @@ void cuda_forward(const ForwardCall& call, Place place, const RunOptions& option
 }
 
 template <class Machine>
+void cuda_kvcache(const CachedCall& call, Place place, const RunOptions& options) {
+  Machine machine(place, call);
+  ForwardCall forward = call.forward;
+  const cuda::Plan plan = cuda::plan_forward(forward.problem, machine.device(), {false, options.tf32});
+  refuse_objections(plan);
+  cuda::update_cache(forward.problem, call.update, machine.stream());
+  if (call.update.turned.present()) forward.problem.q = call.update.turned;
+  if (forward.problem.has_rows()) cuda::forward(forward, plan, machine.stream());
+  machine.finish();
+}
+
+template <class Machine>
 void cuda_backward(const BackwardCall& call, Place place, const RunOptions& options) {
   Machine machine(place, call);
   const cuda::Plan plan = cuda::plan_backward(

@@ -1,16 +1,14 @@
 // The operator on a cache of keys and values: appends, then attends.
 #include "core/describe_cache.h"
-#include "cpu/api.h"
-#include "cpu/append.h"
 #include "torch/arguments.h"
+#include "torch/backend.h"
 #include "torch/errors.h"
-#include "torch/executor.h"
 #include "torch/ops.h"
 
 namespace fae::torch_ops {
 namespace {
 
-cpu::Rotary rotary_of(const CacheCallDesc& call) {
+Rotary rotary_of(const CacheCallDesc& call) {
   const TensorDesc &cos = call.rotary_cos, &sin = call.rotary_sin;
   if (!cos.present) return {};
   return {cos.data,
@@ -53,24 +51,24 @@ void attention_kvcache(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outp
   call.scale = arguments.optional_real();
   call.softcap = arguments.real();
   const bool return_lse = arguments.boolean();
-  cpu::Advice advice;
-  advice.splits = arguments.integer();
-  advice.batch_invariant = arguments.boolean();
+  RunOptions options;
+  options.num_splits = arguments.integer();
+  options.batch_invariant = arguments.boolean();
 
   TensorDesc* const described[] = {&call.q, &call.k_cache, &call.v_cache};
   for (int i = 0; i < 3; ++i) *described[i] = describe(kRequired[i], required[i]);
-  TensorDesc* const options[] = {&call.k,
-                                 &call.v,
-                                 &call.cache_lengths,
-                                 &call.block_table,
-                                 &call.cache_batch_idx,
-                                 &call.cache_leftpad,
-                                 &call.rotary_cos,
-                                 &call.rotary_sin,
-                                 &call.cu_seqlens_q,
-                                 &call.alibi_slopes,
-                                 &call.sinks};
-  for (int i = 0; i < 11; ++i) *options[i] = describe(kOptional[i], optional[i]);
+  TensorDesc* const described_too[] = {&call.k,
+                                       &call.v,
+                                       &call.cache_lengths,
+                                       &call.block_table,
+                                       &call.cache_batch_idx,
+                                       &call.cache_leftpad,
+                                       &call.rotary_cos,
+                                       &call.rotary_sin,
+                                       &call.cu_seqlens_q,
+                                       &call.alibi_slopes,
+                                       &call.sinks};
+  for (int i = 0; i < 11; ++i) *described_too[i] = describe(kOptional[i], optional[i]);
   CallDesc checked;
   if (const auto error = set_layout_and_causal(&checked, 0, causal)) raise(*error);
   call.causal = checked.causal;
@@ -92,23 +90,24 @@ void attention_kvcache(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outp
   const int rank = return_lse ? lse_shape(q, Layout::kBshd, rows) : 1;
   NewTensor lse = new_tensor(lse_dtype(q.dtype), rank, rows, place);
 
-  ForwardCall forward;
-  Problem& p = forward.problem = make_problem(call);
-  forward.out = attention_view(out.desc, Layout::kBshd);
-  if (return_lse) forward.lse = row_values<void>(lse.desc, q, Layout::kBshd, call.cu_seqlens_q.present);
-  const cpu::Executor executor = torch_executor();
-  const cpu::Rotary rotary = rotary_of(call);
-  const cpu::Plan plan = cpu::plan_forward(p, cpu::active_isa(), executor.threads, advice);
+  CachedCall cached;
+  Problem& p = cached.forward.problem = make_problem(call);
+  cached.forward.out = attention_view(out.desc, Layout::kBshd);
+  if (return_lse) {
+    cached.forward.lse = row_values<void>(lse.desc, q, Layout::kBshd, call.cu_seqlens_q.present);
+  }
+  cached.entries = call.k_cache.shape[0];
   if (call.appends()) {
-    cpu::append(p, attention_view(call.k, Layout::kBshd), attention_view(call.v, Layout::kBshd), rotary,
-                executor);
+    cached.update.k = attention_view(call.k, Layout::kBshd);
+    cached.update.v = attention_view(call.v, Layout::kBshd);
   }
-  if (rotary.present()) {
-    const View4 view = attention_view(turned.desc, Layout::kBshd);
-    cpu::rotate_queries(p, view, rotary, call.queries_move(), executor);
-    p.q = view;
+  if (call.rotates()) {
+    cached.update.rotary = rotary_of(call);
+    cached.update.turned = attention_view(turned.desc, Layout::kBshd);
+    cached.update.queries_move = call.queries_move();
+    cached.rotary_positions = call.rotary_cos.shape[0];
   }
-  if (p.has_rows()) cpu::forward(forward, plan, executor);
+  if (call.appends() || p.has_rows()) run_kvcache(cached, place, options);
   give(&stack[0], std::move(out.tensor));
   give(&stack[1], std::move(lse.tensor));
 }

@@ -17,7 +17,7 @@ void attention_forward_out(StableIValue* stack, uint64_t inputs, uint64_t output
 template <Family family>
 void attention_backward(StableIValue* stack, uint64_t inputs, uint64_t outputs);
 
-// On a cache of keys and values; CPU kernels only.
+// On a cache of keys and values.
 void attention_kvcache(StableIValue* stack, uint64_t inputs, uint64_t outputs);
 
 }  // namespace fae::torch_ops

@@ -75,6 +75,7 @@ void define(Library& m, const std::string& name) {
   define_family(m, name + "_extended", kExtendedOptions,
                 "bool need_bias_grad, bool need_slope_grad, bool need_sink_grad",
                 "Tensor dbias, Tensor dalibi_slopes, Tensor dsinks");
+  m.def((name + "_kvcache" + kKvCacheSchema).c_str());
 }
 
 template <Family family, class Library>
@@ -89,6 +90,7 @@ template <class Library>
 void implement(Library& m, const std::string& name) {
   implement_family<Family::kPlain>(m, name);
   implement_family<Family::kExtended>(m, name + "_extended");
+  m.impl((name + "_kvcache").c_str(), &reporting<attention_kvcache>);
 }
 
 }  // namespace fae::torch_ops

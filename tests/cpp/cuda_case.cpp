@@ -53,6 +53,8 @@ class Ranges {
     read(c.sinks, "sinks");
     if (c.spec.dropout_p > 0) read(c.rng_state, sizeof(c.rng_state), "rng_state");
     if (c.mask) read(c.mask->data(), c.mask->size(), "mask");
+    read(c.labels.data(), c.labels.size() * 4, "row_labels");
+    read(c.bounds.data(), c.bounds.size() * 4, "key_bounds");
     if (c.lengths32) read(c.lengths32->data(), c.lengths32->size() * 4, "kv_lengths");
     if (c.lengths64) read(c.lengths64->data(), c.lengths64->size() * 8, "kv_lengths");
   }

@@ -4,6 +4,7 @@
 #include <random>
 
 #include "cuda_test.h"
+#include "extended_cases.h"
 
 namespace fae::testing {
 namespace {
@@ -58,6 +59,16 @@ FAE_CUDA_SUITE(CudaModified);
 TEST_P(CudaModified, MatchesTheOracle) {
   for (const CaseSpec& s : kernel_cases()) {
     if (is_modified(s)) expect_exact(s, GetParam());
+  }
+}
+
+// Packed sequences, intervals, masks of blocks.
+bool is_served(const CaseSpec& s) { return !s.alibi && !s.sinks && s.dropout_p == 0 && s.seq_kv < 1000; }
+
+FAE_CUDA_SUITE(CudaExtended);
+TEST_P(CudaExtended, MatchesTheOracle) {
+  for (const CaseSpec& s : extended_cases()) {
+    if (is_served(s)) expect_exact(s, GetParam());
   }
 }
 

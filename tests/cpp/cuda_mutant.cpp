@@ -103,6 +103,16 @@ std::vector<CaseSpec> problems() {
   add(shape("sections", 3, 1, 1, 150, 140, 16, 16));  // of two heads and of one, see device_of
   add(shape("lengths", 3, 1, 1, 40, 150, 64, 64));
   all.back().kv_lengths = {0, 33, 141};
+  add(shape("packed", 4, 2, 1, 47, 100, 16, 24), Causal::kBottomRight);
+  all.back().starts_q = {0, 13, 13, 60, 100};
+  all.back().starts_kv = {0, 29, 40, 140, 185};
+  add(shape("intervals", 2, 2, 1, 70, 150, 16, 16));
+  all.back().intervals = 1;
+  add(shape("blocks", 2, 2, 1, 70, 150, 16, 16));
+  all.back().mask = Extent::kFull;
+  all.back().mask_visible = 0.5;
+  all.back().mask_block_q = 7;
+  all.back().mask_block_kv = 20;
   return all;
 }
 
@@ -147,6 +157,66 @@ std::string wrong_bits(Case& c, const EmulatedRun& run) {
   return identical(c.out.values(), whole.out) ? "" : "bits depend on the other rows";
 }
 
+// The keys and values of a case in pages, in no order.
+class Pages {
+ public:
+  static constexpr int64_t kSize = 16;
+
+  explicit Pages(const Case& c)
+      : keys_((c.spec.seq_kv + kSize - 1) / kSize), pages_(c.spec.batch * keys_ + 2) {
+    const CaseSpec& s = c.spec;
+    for (int64_t b = 0; b < s.batch; ++b) {
+      for (int64_t n = 0; n < keys_; ++n) table_.push_back(int32_t((b * keys_ + n) * 5 % (pages_ - 1)));
+    }
+    k_ = in_pages(c.k);
+    v_ = in_pages(c.v);
+  }
+
+  void use_in(Problem* p) const {
+    p->k = k_.view();
+    p->v = v_.view();
+    p->cache.capacity = keys_ * kSize;
+    p->cache.length = p->seq_kv;
+    p->cache.pages = {{table_.data(), keys_, false}, 1, kSize, pages_};
+  }
+  const HostTensor& k() const { return k_; }
+  const HostTensor& v() const { return v_; }
+
+ private:
+  HostTensor in_pages(const HostTensor& from) const {
+    const int64_t shape[4] = {pages_, from.shape()[1], kSize, from.shape()[3]};
+    HostTensor to(from.dtype(), shape, Layout::kBshd, Strides::kContiguous);
+    to.fill(0);
+    for (int64_t b = 0; b < from.shape()[0]; ++b) {
+      for (int64_t h = 0; h < from.shape()[1]; ++h) {
+        for (int64_t j = 0; j < from.shape()[2]; ++j) {
+          for (int64_t x = 0; x < from.shape()[3]; ++x) {
+            to.set(table_[size_t(b * keys_ + j / kSize)], h, j % kSize, x, from.get(b, h, j, x));
+          }
+        }
+      }
+    }
+    return to;
+  }
+
+  int64_t keys_, pages_;
+  std::vector<int32_t> table_;
+  HostTensor k_, v_;
+};
+
+std::string wrong_pages(Case& c, const EmulatedRun& run) {
+  const Pages pages(c);
+  ForwardCall call = c.forward_call();
+  pages.use_in(&call.problem);
+  call.lse = {};
+  const auto range = [](const HostTensor& t) {
+    return cuda::emu::ScopedRange(t.bytes(), t.byte_count(), "pages", cuda::emu::Access::kRead);
+  };
+  const cuda::emu::ScopedRange k = range(pages.k()), v = range(pages.v());
+  launch_forward(c, call, 0, run);
+  return mismatch(c.out.values(), exact_forward(c).out, forward_tolerance(cuda::kType));
+}
+
 std::string wrong_backward(Case& c, const EmulatedRun& run) {
   const BackwardResult wanted = exact_backward(c);
   run_forward(c, cpu::available_isas()[0]);
@@ -174,6 +244,7 @@ int run_all() {
       try {
         text = cuda::kBackward ? wrong_backward(c, run) : wrong_forward(c, run);
         if (text.empty() && computed_again(c)) text = "finite rows were computed again";
+        if (text.empty() && FAE_KERNELS == FAE_FORWARD && spec.name == "tails") text = wrong_pages(c, run);
         if (text.empty() && !cuda::kBackward && spec.batch == 1 && spec.heads_q == 1)
           text = wrong_bits(c, run);
       } catch (const cuda::emu::Fault& fault) {

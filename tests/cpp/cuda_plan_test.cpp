@@ -168,6 +168,39 @@ TEST(CudaPlan, WorkspaceHoldsStatisticsAndSums) {
   EXPECT_EQ(plan.workspace_bytes, size_t(4 * 256 * 4 * (3 + 56)));
 }
 
+// Rows of packed sequences lie one behind the other, each sequence's padded.
+TEST(CudaPlan, StatisticsOfPackedSequences) {
+  Problem p = problem(DType::kBFloat16, 52);
+  const int32_t starts[] = {0, 70, 140};
+  p.packing = {{starts, 1, false}, {starts, 1, false}, 200, 400};
+  const Plan plan = backward_plan(p, kLarge, true);
+  EXPECT_EQ(plan.stats_rows, 2 * (200 * 3 / 128 + 2) * 128);
+  EXPECT_EQ(plan.workspace_bytes, size_t(plan.stats_rows) * 4 * 3);
+  RowStats stats;
+  stats.batch_stride = kRowPadding;
+  stats.head_stride = plan.stats_rows / 2;
+  // Sequences of all lengths: each ends, padded, before the next begins, and the last within its head.
+  for (int64_t group : {1, 3, 8}) {
+    for (int64_t length : {1, 42, 43, 127, 128, 129}) {
+      const int64_t batch = 5, padded = (length * group + kRowPadding - 1) / kRowPadding * kRowPadding;
+      for (int64_t b = 0; b < batch; ++b) {
+        const int64_t end = stats.place(b, 0, b * length * group) + padded;
+        if (b + 1 < batch) ASSERT_LE(end, stats.place(b + 1, 0, (b + 1) * length * group));
+        else ASSERT_LE(end, (batch * length * group / kRowPadding + batch) * kRowPadding);
+      }
+    }
+  }
+}
+
+TEST(CudaPlan, CachesHaveNoGradients) {
+  Problem p = problem(DType::kBFloat16, 64);
+  p.cache.capacity = 300;
+  EXPECT_TRUE(plan_forward(p, device(kLarge), {}).objections.empty());
+  const Plan plan = backward_plan(p, kLarge);
+  ASSERT_EQ(plan.objections.size(), 1u);
+  EXPECT_NE(plan.objections[0].find("a cache of keys"), std::string::npos);
+}
+
 TEST(CudaPlan, GridsCoverRowsAndKeys) {
   const Problem p = problem(DType::kFloat16, 64);
   const Plan forward = plan_forward(p, device(kLarge), {});

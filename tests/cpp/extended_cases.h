@@ -90,6 +90,30 @@ inline const std::vector<CaseSpec>& extended_cases() {
       s.mask = Extent::kFull;
       s.kv_lengths = {3, 29, 40, 99, 200};
     });
+    add(shape("packed_masks", 1, 6, 2, 1, 1, 24, 40), [&](CaseSpec& s) {
+      packed(s);
+      s.causal = Causal::kBottomRight;
+      s.softcap = 2;
+      s.intervals = 2;
+      s.bias = Extent::kPerBatch;
+      s.mask = Extent::kFull;
+      s.mask_visible = 0.8;
+      s.mask_block_q = 11;
+      s.mask_block_kv = 30;
+      s.kv_lengths = {3, 29, 40, 99, 200};
+    });
+    add(shape("packed_tiles", 1, 3, 1, 1, 1, 16, 16), [](CaseSpec& s) {
+      s.batch = 3;
+      s.starts_q = {0, 90, 93, 225};
+      s.starts_kv = {0, 140, 143, 240};
+      s.seq_q = 132;
+      s.seq_kv = 140;
+      s.causal = Causal::kTopLeft;
+      s.mask = Extent::kFull;
+      s.mask_visible = 0.4;
+      s.mask_block_q = 32;
+      s.mask_block_kv = 64;
+    });
     add(shape("everything", 2, 6, 2, 31, 67, 24, 40), [](CaseSpec& s) {
       s.causal = Causal::kBottomRight;
       s.window_left = 40;

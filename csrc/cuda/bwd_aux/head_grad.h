@@ -32,12 +32,13 @@ class HeadGrad {
   static FAE_DEVICE void sum(const Params& params, const float* rows, const PerHead& grad, int head) {
     if (!rows) return;
     const Problem& p = params.call.problem;
-    const int group = int(p.group()), count = int(p.seq_q);
+    const int group = int(p.group());
     const bool batched = grad.stride[0] != 0;
     double own = 0;
     for (int b = 0; b < p.batch; ++b) {
-      const int64_t first =
-          (int64_t(b) * p.heads_kv + head / group) * params.stats.rows_padded + head % group;
+      const Sequence sequence = p.sequence(b);
+      const int count = int(sequence.seq_q);
+      const int64_t first = params.stats.place(b, head / group, sequence.first_query * group) + head % group;
       for (int i = thread_index(); i < count; i += kThreads) {
         own += double(load_global(rows + first + int64_t(i) * group));
       }

@@ -32,13 +32,15 @@ class RoundQueryGrad {
  private:
   static FAE_DEVICE void run_row(const Params& params, int64_t unit, int row) {
     const Problem& p = params.call.problem;
-    if (row >= p.packed_rows()) return;
     const int batch = int(unit / p.heads_kv), head_kv = int(unit % p.heads_kv);
+    const Sequence sequence = p.sequence(batch);
+    if (row >= sequence.seq_q * p.group()) return;
     const PackedRows rows(row, p.group());
     const int head = head_kv * int(p.group()) + rows.head(0);
     const View4& dq = params.call.dq;
-    T* const target = static_cast<T*>(dq.data) + dq.offset(batch, head, rows.query(0));
-    const float* const sums = params.dq_sum + (unit * params.stats.rows_padded + row) * params.dim_padded;
+    T* const target = static_cast<T*>(dq.data) + dq.offset(batch, head, sequence.first_query + rows.query(0));
+    const int64_t at = params.stats.place(batch, head_kv, sequence.first_query * p.group()) + row;
+    const float* const sums = params.dq_sum + at * params.dim_padded;
     const float scale = float(p.score.scale);
     bool finite = true;
     for (int c = lane_index(); c < p.dim; c += kWarpSize) finite &= is_finite(load_global(sums + c));

@@ -43,13 +43,16 @@ class RowStatsKernel {
 
   static FAE_DEVICE void run_row(const Params& params, int64_t unit, int row) {
     const Problem& p = params.call.problem;
-    const int64_t at = unit * params.stats.rows_padded + row;
+    const int batch = int(unit / p.heads_kv), head_kv = int(unit % p.heads_kv);
+    const Sequence sequence = p.sequence(batch);
+    const int count = int(sequence.seq_q * p.group());
+    if (row >= (count + kRowPadding - 1) / kRowPadding * kRowPadding) return;
+    const int64_t at = params.stats.place(batch, head_kv, sequence.first_query * p.group()) + row;
     double lse = __builtin_inf();
     float low = 0, delta = 0, dsink = 0;
-    if (row < p.packed_rows()) {
-      const int batch = int(unit / p.heads_kv), head_kv = int(unit % p.heads_kv);
+    if (row < count) {
       const PackedRows rows(row, p.group());
-      const int head = head_kv * int(p.group()) + rows.head(0), i = rows.query(0);
+      const int head = head_kv * int(p.group()) + rows.head(0), i = int(sequence.first_query) + rows.query(0);
       lse = load_lse(params.call.lse, batch, head, i);
       // A row without keys: exp(-inf - inf) is 0, exp(-inf + inf) would not be.
       if (lse == -__builtin_inf()) lse = __builtin_inf();
@@ -93,10 +96,10 @@ class RowStatsKernel {
   }
 
   static FAE_DEVICE_COLD bool sees_any(const Params& params, int batch, int head_kv, int packed_row) {
-    const Problem& p = params.call.problem;
-    ScoreTile row = single_row(p, params.scale, batch, head_kv, packed_row);
+    ScoreTile row = single_row(params.call.problem, params.scale, BlockSequence(params.call.problem, batch),
+                               head_kv, packed_row);
     const int i = row.rows.query(0);
-    const KeyRange seen = visible_keys(p.masking.band, row.kv_length, i, i + 1);
+    const KeyRange seen = visible_keys(row.band.value, row.kv_length, i, i + 1);
     if (seen.empty()) return false;  // and it may lie beyond 32 bits
     bool any = false;
     for (int j = int(seen.begin) + lane_index(); j < seen.end && !any; j += kWarpSize) {
@@ -113,9 +116,11 @@ class RowStatsKernel {
   // than elsewhere: far from 0 only the differences of these scores are to be trusted.
   static FAE_DEVICE_COLD Partial far_row(const Params& params, int batch, int head_kv, int packed_row) {
     const Problem& p = params.call.problem;
-    const ScoreTile row = single_row(p, params.scale, batch, head_kv, packed_row);
+    const BlockSequence sequence(p, batch);
+    const ScoreTile row = single_row(p, params.scale, sequence, head_kv, packed_row);
     const int i = row.rows.query(0);
-    const KeyRange seen = visible_keys(p.masking.band, row.kv_length, i, i + 1);
+    const int64_t query = p.q.offset(batch, row.head + row.rows.head(0), sequence.first_query + i);
+    const KeyRange seen = visible_keys(row.band.value, row.kv_length, i, i + 1);
     const int64_t end = kModified && seen.empty() ? 0 : seen.end;  // a row of a sink alone
     Partial part{kHidden, 0};
     if (kModified && p.score.sinks.present() && lane_index() == 0) {
@@ -123,7 +128,8 @@ class RowStatsKernel {
       if (sink != kHidden) part = {sink, 1};
     }
     for (int j = int(seen.begin) + lane_index(); j < end; j += kWarpSize) {
-      const float s = exact_score<T, kModified>(row, j).value;
+      const float s =
+          exact_score<T, kModified>(row, query, p.k.offset(batch, head_kv, sequence.first_key + j), j).value;
       if (s == kHidden) continue;
       if (s > part.max) {
         part.sum *= exp2_fast((part.max - s) * params.scale.exponent);

@@ -39,6 +39,7 @@ T exchange_xor(T value, int mask, const Where& where) {
 }  // namespace
 
 float shuffle_xor(float value, int mask, Where where) { return exchange_xor(value, mask, where); }
+int shuffle_xor(int value, int mask, Where where) { return exchange_xor(value, mask, where); }
 double shuffle_xor(double value, int mask, Where where) { return exchange_xor(value, mask, where); }
 uint32_t shuffle_xor(uint32_t value, int mask, Where where) { return exchange_xor(value, mask, where); }
 

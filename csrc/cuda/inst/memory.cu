@@ -1,7 +1,9 @@
 // Device memory, for the host code of the launchers.
 #include "cuda/launch/memory.h"
 
+#include "cuda/cache/update.h"
 #include "cuda/launch/launch.h"
+#include "cuda/packing/clear_tail.h"
 #include "cuda/prim/global.h"
 
 namespace fae::cuda {
@@ -27,5 +29,13 @@ void zero_memory(void* data, size_t bytes, Stream) {
 }
 
 #endif
+
+void clear_tails(const ClearTailParams& params, Stream stream) {
+  launch_kernel<ClearTail>("clear_tail", &params, params.blocks, stream);
+}
+
+void update_cache(const CacheParams& params, Stream stream) {
+  launch_kernel<UpdateCache>("update_cache", &params, params.blocks, stream);
+}
 
 }  // namespace fae::cuda

@@ -60,16 +60,8 @@ Plan begin(const Problem& p, const Device& device, const Options& options) {
                               std::to_string(device.compute_capability % 10));
   }
   if (p.dtype == DType::kFloat64) plan.objections.push_back("there are no CUDA kernels for float64");
-  const std::pair<bool, const char*> unserved[] = {
-      {p.masking.intervals.present(), "row_labels"},
-      {p.masking.mask.present() && !p.masking.mask.dense(), "a block-sparse mask"},
-      {p.packing.present(), "cu_seqlens_q"},
-      {p.cache.present(), "a cache of keys"},
-  };
-  for (const auto& [given, name] : unserved) {
-    if (given) plan.objections.push_back(std::string("its kernels do not know ") + name);
-  }
-  if (p.packed_rows() > kMost || p.seq_kv > kMost) {
+  if (std::max(p.seq_q, p.packing.total_q) * p.group() > kMost ||
+      std::max({p.seq_kv, p.packing.total_kv, p.cache.capacity}) > kMost) {
     plan.objections.push_back("a head has more than 2^31 rows");
   }
   return plan;
@@ -101,6 +93,7 @@ Plan plan_forward(const Problem& p, const Device& device, const Options& options
 Plan plan_backward(const Problem& p, const Device& device, const Options& options,
                    const MoreGradients& more) {
   Plan plan = begin(p, device, options);
+  if (p.cache.present()) plan.objections.push_back("there are no gradients of a cache of keys");
   if (!plan.objections.empty()) return plan;
   const bool modified = is_modified(p);
   choose(&plan, &plan.row_stats, Pass::kRowStats, p, modified, device);
@@ -116,7 +109,11 @@ Plan plan_backward(const Problem& p, const Device& device, const Options& option
   if (head_grad) choose(&plan, &plan.head_grad, Pass::kHeadGrad, p, true, device);
   if (!plan.objections.empty()) return plan;
 
-  plan.rows_padded = round_up(p.packed_rows(), sm80::kRowPadding);
+  plan.rows_padded = round_up(p.packed_rows(), kRowPadding);
+  // Packed sequences: see RowStats::place.
+  plan.stats_rows = p.packing.present()
+                        ? (p.packing.total_q * p.group() / kRowPadding + p.batch) * kRowPadding * p.heads_kv
+                        : p.batch * p.heads_kv * plan.rows_padded;
   plan.dim_padded = round_up(p.dim, 8);
   const Launch whole = {plan.row_stats.variant, {}, 0};
   set_grid(&plan.row_stats, p, device, plan.rows_padded, whole.variant->tile_q, 0, false);
@@ -135,9 +132,8 @@ Plan plan_backward(const Problem& p, const Device& device, const Options& option
                             (shape[3] == 1 ? 1 : ceil_div(p.seq_kv, v.tile_kv));
   }
   if (head_grad) plan.head_grad.blocks = p.heads_q;
-  const int64_t rows = p.batch * p.heads_kv * plan.rows_padded;
-  plan.workspace_bytes =
-      size_t(rows) * sizeof(float) * size_t(3 + more.dsinks + more.dalibi + (atomics ? plan.dim_padded : 0));
+  const size_t floats = size_t(3 + more.dsinks + more.dalibi + (atomics ? plan.dim_padded : 0));
+  plan.workspace_bytes = size_t(plan.stats_rows) * sizeof(float) * floats;
   check_grids(&plan);
   return plan;
 }

@@ -1,4 +1,7 @@
 // Runs planned calls: fills in what kernels are launched with, and launches them.
+#include <algorithm>
+#include <limits>
+
 #include "cuda/api.h"
 #include "cuda/launch/memory.h"
 
@@ -25,12 +28,54 @@ void run(const Launch& launch, const void* params, Stream stream) {
   if (launch.variant && launch.blocks > 0) launch.variant->launch(params, launch.blocks, stream);
 }
 
+// Names a result whose rows behind the last of packed sequences are to be set.
+void add_tail(ClearTailParams* params, const Problem& p, const View4& view, int64_t heads, int64_t columns,
+              DType dtype, bool keys, bool to_minus_infinity = false) {
+  const Packing& packing = p.packing;
+  const int64_t total = keys ? packing.total_kv : packing.total_q;
+  constexpr int64_t kElementsOfBlock = 16 * 1024, kMostBlocks = 1024;
+  const int64_t blocks = std::min(total * heads * columns / kElementsOfBlock + 1, kMostBlocks);
+  params->blocks = std::max(params->blocks, blocks);
+  params->batch = p.batch;
+  params->tails[params->count++] = {view,
+                                    heads,
+                                    columns,
+                                    total,
+                                    int(size_of(dtype)),
+                                    to_minus_infinity,
+                                    keys ? packing.starts_kv : packing.starts_q};
+}
+
+// Kernels count the elements of a block in 32 bits.
+void limit_blocks(Problem* p) {
+  constexpr int64_t kMost = std::numeric_limits<int>::max();
+  BoolMask& mask = p->masking.mask;
+  mask.block_q = std::min(mask.block_q, kMost);
+  mask.block_kv = std::min(mask.block_kv, kMost);
+}
+
 }  // namespace
+
+void update_cache(const Problem& p, const CacheUpdate& update, Stream stream) {
+  CacheParams params;
+  params.problem = p;
+  params.update = update;
+  const auto launch = [&](bool queries, int64_t rows) {
+    constexpr int64_t kRowsOfBlock = 4, kMostBlocks = 1 << 20;
+    if (rows <= 0) return;
+    params.queries = queries;
+    params.blocks = std::min((rows + kRowsOfBlock - 1) / kRowsOfBlock, kMostBlocks);
+    update_cache(params, stream);
+  };
+  if (update.k.present()) launch(false, p.batch * p.cache.added * p.heads_kv);
+  if (update.turned.present()) launch(true, p.batch * p.seq_q * p.heads_q);
+}
 
 void forward(const ForwardCall& call, const Plan& plan, Stream stream) {
   const Problem& p = call.problem;
   ForwardParams params;
   params.call = call;
+  limit_blocks(&params.call.problem);
   params.order = plan.forward.order;
   params.scale = score_scale(p);
   params.vector.q = has_vector_rows(p.q, p.dim, p.dtype);
@@ -39,12 +84,21 @@ void forward(const ForwardCall& call, const Plan& plan, Stream stream) {
   params.vector.out = has_vector_rows(call.out, p.dim_v, p.dtype);
   params.fast_fp32 = plan.options.fast_fp32;
   run(plan.forward, &params, stream);
+  if (!p.packing.present()) return;
+  ClearTailParams tails;
+  add_tail(&tails, p, call.out, p.heads_q, p.dim_v, p.dtype, false);
+  if (const RowValues<void>& lse = call.lse; lse.present()) {
+    add_tail(&tails, p, {lse.data, {0, lse.head_stride, 1, 0}}, p.heads_q, 1, lse_dtype(p.dtype), false,
+             true);
+  }
+  clear_tails(tails, stream);
 }
 
 void backward(const BackwardCall& call, const Plan& plan, void* workspace, Stream stream) {
   const Problem& p = call.problem;
   BackwardParams params;
   params.call = call;
+  limit_blocks(&params.call.problem);
   params.scale = score_scale(p);
   params.vector.q = has_vector_rows(p.q, p.dim, p.dtype);
   params.vector.k = has_vector_rows(p.k, p.dim, p.dtype);
@@ -56,7 +110,7 @@ void backward(const BackwardCall& call, const Plan& plan, void* workspace, Strea
   params.vector.dv = has_vector_rows(call.dv, p.dim_v, p.dtype);
   params.fast_fp32 = plan.options.fast_fp32;
 
-  const int64_t rows = p.batch * p.heads_kv * plan.rows_padded;
+  const int64_t rows = plan.stats_rows;
   float* next = static_cast<float*>(workspace);
   const auto take = [&](int64_t floats) {
     float* const taken = next;
@@ -66,9 +120,10 @@ void backward(const BackwardCall& call, const Plan& plan, void* workspace, Strea
   params.stats.lse = take(rows);
   params.stats.lse_low = take(rows);
   params.stats.delta = take(rows);
-  params.stats.rows_padded = plan.rows_padded;
   if (call.dsinks.present()) params.stats.dsink = take(rows);
   if (call.dalibi.present()) params.stats.dalibi = take(rows);
+  params.stats.head_stride = p.packing.present() ? rows / p.heads_kv : plan.rows_padded;
+  params.stats.batch_stride = p.packing.present() ? kRowPadding : p.heads_kv * plan.rows_padded;
   if (plan.round_query_grad.variant) {
     params.dq_sum = take(rows * plan.dim_padded);
     params.dim_padded = plan.dim_padded;
@@ -79,6 +134,12 @@ void backward(const BackwardCall& call, const Plan& plan, void* workspace, Strea
     params.order = launch->order;
     run(*launch, &params, stream);
   }
+  if (!p.packing.present()) return;
+  ClearTailParams tails;
+  add_tail(&tails, p, call.dq, p.heads_q, p.dim, p.dtype, false);
+  add_tail(&tails, p, call.dk, p.heads_kv, p.dim, p.dtype, true);
+  add_tail(&tails, p, call.dv, p.heads_kv, p.dim_v, p.dtype, true);
+  clear_tails(tails, stream);
 }
 
 }  // namespace fae::cuda

@@ -11,7 +11,7 @@
 #define FAE_DEVICE __device__ __forceinline__
 #define FAE_DEVICE_COLD inline __device__ __noinline__  // rare paths, kept out of the hot ones' registers
 #define FAE_UNROLL _Pragma("unroll")
-#define FAE_NO_UNROLL _Pragma("unroll 1")
+#define FAE_NO_UNROLL _Pragma("unroll 1")  // rare or long ways need not be long code, too
 #else
 #define FAE_DEVICE inline
 #define FAE_DEVICE_COLD inline
@@ -36,7 +36,16 @@ FAE_DEVICE void block_barrier() { __syncthreads(); }
 // As above; true for all when `value` is true for any.
 FAE_DEVICE bool block_any(bool value) { return __syncthreads_or(value) != 0; }
 
+// x, of which the compiler knows nothing: what is computed from it stays where it is, and is not moved
+// before a loop, where it would hold a register for the sake of a rare path.
+FAE_DEVICE int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 #else
+
+FAE_DEVICE int opaque(int x) { return x; }
 
 using emu::block_any;
 using emu::block_barrier;

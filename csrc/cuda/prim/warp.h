@@ -16,6 +16,7 @@ FAE_DEVICE void warp_barrier() { __syncwarp(); }
 
 // The value of the thread whose lane differs in the bits of `mask`.
 FAE_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+FAE_DEVICE int shuffle_xor(int value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 FAE_DEVICE double shuffle_xor(double value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
 FAE_DEVICE uint32_t shuffle_xor(uint32_t value, int mask) {

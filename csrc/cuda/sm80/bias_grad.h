@@ -39,7 +39,8 @@ class BiasGrad {
  private:
   // A position in the loop over everything that shares the block's tile of the bias.
   struct Place {
-    int batch, head, query, key;
+    BlockSequence sequence;
+    int head, query, key;
     bool done;
   };
 
@@ -58,7 +59,7 @@ class BiasGrad {
   }
 
   FAE_DEVICE Place first() const {
-    Place at{batch_, head_, query_, key_, false};
+    Place at{BlockSequence(p_, batch_), head_, query_, key_, false};
     if (!is_visible(at)) advance(at);
     return at;
   }
@@ -71,7 +72,10 @@ class BiasGrad {
       at.query = query_;
       if (shape_[1] == 1 && ++at.head < p_.heads_q) continue;
       at.head = head_;
-      if (shape_[0] == 1 && ++at.batch < p_.batch) continue;
+      if (shape_[0] == 1 && at.sequence.batch + 1 < p_.batch) {
+        at.sequence = BlockSequence(p_, at.sequence.batch + 1);
+        continue;
+      }
       at.done = true;
     } while (!at.done && !is_visible(at));
   }
@@ -79,11 +83,11 @@ class BiasGrad {
     return query_count(at) > 0 && classify_tile(at) != TileClass::kSkip;
   }
   FAE_DEVICE TileClass classify_tile(const Place& at) const {
-    return classify(p_.masking.band, p_.masking.kv_lengths.at(at.batch, p_.seq_kv), at.query,
-                    at.query + query_count(at), at.key, at.key + kTileKV);
+    return classify(at.sequence.band(), at.sequence.kv_length, at.query, at.query + query_count(at), at.key,
+                    at.key + kTileKV);
   }
   FAE_DEVICE int query_count(const Place& at) const {
-    const int left = int(p_.seq_q) - at.query;
+    const int left = at.sequence.seq_q - at.query;
     return left < kTileQ ? left : kTileQ;
   }
 
@@ -92,12 +96,15 @@ class BiasGrad {
     const bool score = step < steps_k;
     const int column = (score ? step : step - steps_k) * kDim;
     const int columns = int(score ? p_.dim : p_.dim_v);
-    const int head_kv = at.head / int(p_.group()), keys_left = int(p_.seq_kv) - at.key;
-    load_tile<kThreads>(TileKV{slot}, RowSource<const T>(score ? p_.k : p_.v, at.batch, head_kv),
-                        PlainRows{at.key}, keys_left < kTileKV ? keys_left : kTileKV, column, columns,
-                        score ? params_.vector.k : params_.vector.v);
+    const int head_kv = at.head / int(p_.group()), keys_left = at.sequence.seq_kv - at.key;
+    load_tile<kThreads>(
+        TileKV{slot},
+        RowSource<const T>(score ? p_.k : p_.v, at.sequence.batch, head_kv, at.sequence.first_key),
+        PlainRows{at.key}, keys_left < kTileKV ? keys_left : kTileKV, column, columns,
+        score ? params_.vector.k : params_.vector.v);
     load_tile<kThreads>(TileQ{slot + TileKV::kBytes},
-                        RowSource<const T>(score ? p_.q : params_.call.dout, at.batch, at.head),
+                        RowSource<const T>(score ? p_.q : params_.call.dout, at.sequence.batch, at.head,
+                                           at.sequence.first_query),
                         PlainRows{at.query}, query_count(at), column, columns,
                         score ? params_.vector.q : params_.vector.dout);
   }
@@ -131,13 +138,13 @@ class BiasGrad {
         else multiply_rows<T>(ds, rows, row, TileKV{slot}, 0, params_.fast_fp32);
       }
       // One head: rows are queries, and the statistics lie a group apart.
-      ScoreTile tile{
-          p_,           params_.scale,   batch_of(at), at.head,
-          PackedRows(), query_count(at), at.key,       int(p_.masking.kv_lengths.at(at.batch, p_.seq_kv))};
+      ScoreTile tile{p_,      params_.scale,         at.sequence.batch,
+                     at.head, PackedRows(),          query_count(at),
+                     at.key,  at.sequence.kv_length, band_of(at.sequence)};
       tile.rows.query_begin = at.query;
       constexpr FragC(*no_slope)[kTileKV / 8] = nullptr;
       score_gradients<true>(s, ds, no_slope, load_stats(at, row), tile, row,
-                            classify_tile(at) != TileClass::kFull, p_.masking.mask.present());
+                            classify_tile(at) != TileClass::kFull, p_.has_mask());
       FAE_UNROLL
       for (int n = 0; n < kTileKV / 8; ++n) {
         FAE_UNROLL
@@ -149,8 +156,6 @@ class BiasGrad {
     store(sum, row);
   }
 
-  static FAE_DEVICE int batch_of(const Place& at) { return at.batch; }
-
   FAE_DEVICE LaneRowStats load_stats(const Place& at, int row) const {
     const int group = int(p_.group());
     LaneRowStats rows;
@@ -158,9 +163,10 @@ class BiasGrad {
     for (int half = 0; half < 2; ++half) {
       const int query = at.query + row + 8 * half + lane_index() / 4;
       // Rows that do not exist are hidden; they read the last one's.
-      const int clamped = query < p_.seq_q ? query : int(p_.seq_q) - 1;
-      const int64_t index = (int64_t(at.batch) * p_.heads_kv + at.head / group) * params_.stats.rows_padded +
-                            int64_t(clamped) * group + at.head % group;
+      const int clamped = query < at.sequence.seq_q ? query : at.sequence.seq_q - 1;
+      const int64_t index =
+          params_.stats.place(at.sequence.batch, at.head / group, int64_t(at.sequence.first_query) * group) +
+          int64_t(clamped) * group + at.head % group;
       rows.lse[half] = load_global(params_.stats.lse + index);
       rows.lse_low[half] = load_global(params_.stats.lse_low + index);
       rows.delta[half] = load_global(params_.stats.delta + index);

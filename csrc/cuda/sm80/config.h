@@ -56,7 +56,4 @@ struct QueryGradTile {
 template <class T, int kDim, bool kSplit> struct QueryGradConfig : QueryGradTile<64> {};
 template <int kDim, bool kSplit> struct QueryGradConfig<float, kDim, kSplit> : QueryGradTile<32> {};
 
-// What rows_padded in RowStats is a multiple of: every tile of packed rows.
-constexpr int kRowPadding = 128;
-
 }  // namespace fae::cuda::sm80

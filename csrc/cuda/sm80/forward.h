@@ -34,27 +34,40 @@ class Forward {
 
  public:
   static constexpr int kThreads = Config::kWarps * kWarpSize;
-  static constexpr int kSharedBytes = kResidentBytes + Ring::kBytes;
+  static constexpr int kSharedBytes = kResidentBytes + Ring::kBytes + SharedSequence<T>::kBytes;
   static constexpr int kMinBlocks = 1;
 
-  static FAE_DEVICE void run(const Params& params) { Forward(params).run_block(); }
+  static FAE_DEVICE void run(const Params& params) {
+    Forward block(params);
+    if (block.row_count_ > 0) block.run_block();
+  }
 
  private:
   explicit FAE_DEVICE Forward(const Params& params)
-      : params_(params), p_(params.call.problem), smem_(shared_memory()) {
+      : params_(params),
+        p_(params.call.problem),
+        smem_(shared_memory()),
+        sequence_(smem_ + (kSharedBytes - SharedSequence<T>::kBytes)) {
     const BlockOrder::Place place = params.order.place(block_index());
     const int slices = kSplit ? int((p_.dim_v + kDim - 1) / kDim) : 1;
     const int64_t unit = place.unit / slices;
     slice_ = int(place.unit % slices);
-    batch_ = int(unit / p_.heads_kv);
+    const BlockSequence sequence(p_, unit / p_.heads_kv);
+    batch_ = sequence.batch;
+    kv_length_ = sequence.kv_length;
     head_kv_ = int(unit % p_.heads_kv);
     row_begin_ = int(place.tile * kTileQ);
-    const int left = int(p_.packed_rows()) - row_begin_;
+    const int left = sequence.seq_q * int(p_.group()) - row_begin_;
     row_count_ = left < kTileQ ? left : kTileQ;
+    if (row_count_ <= 0) return;  // past the end of its sequence
+    sequence_.write(p_, sequence, head_kv_);
     rows_ = PackedRows(row_begin_, p_.group());
-    kv_length_ = int(p_.masking.kv_lengths.at(batch_, p_.seq_kv));
     query_end_ = rows_.query(row_count_ - 1) + 1;
-    const KeyRange keys = visible_keys(p_.masking.band, kv_length_, rows_.query_begin, query_end_);
+    KeyRange keys = visible_keys(sequence.band(), kv_length_, rows_.query_begin, query_end_);
+    if (p_.masking.has_ranges()) {
+      keys = trim_keys<kThreads>(p_, batch_, head_kv_, rows_.query_begin, query_end_, keys);
+    }
+    if (keys.empty()) return;
     key_end_ = int(keys.end);
     // Tiles of keys begin at multiples of kTileKV whatever the rows are: a row's result does
     // not depend on which rows share its block.
@@ -67,23 +80,21 @@ class Forward {
   FAE_DEVICE int column_v() const { return slice_ * kDim; }
 
   FAE_DEVICE void load_q(TileQ tile, int column) const {
-    load_tile<kThreads>(tile, RowSource<const T>(p_.q, batch_, head_q()), rows_, row_count_, column,
-                        int(p_.dim), params_.vector.q);
+    load_tile<kThreads>(tile, sequence_.q(p_), rows_, row_count_, column, int(p_.dim), params_.vector.q);
   }
 
   // The next item of the sequence: per tile of keys its K (in slices, each with its Q), then V.
   FAE_DEVICE void load_next(Smem<std::byte> slot) {
     if (load_key_ >= key_end_) return;
-    const PlainRows keys{load_key_};
     const int count = key_end_ - load_key_ < kTileKV ? key_end_ - load_key_ : kTileKV;
     if (load_step_ < steps()) {
-      load_tile<kThreads>(TileKV{slot}, RowSource<const T>(p_.k, batch_, head_kv_), keys, count,
+      load_keys<kThreads>(TileKV{slot}, sequence_.k(p_), p_.k, p_, sequence_, batch_, load_key_, count,
                           load_step_ * kDim, int(p_.dim), params_.vector.k);
       if constexpr (kSplit) load_q(TileQ{slot + TileKV::kBytes}, load_step_ * kDim);
       ++load_step_;
     } else {
-      load_tile<kThreads>(TileKV{slot}, RowSource<const T>(p_.v, batch_, head_kv_), keys, count, column_v(),
-                          int(p_.dim_v), params_.vector.v);
+      load_keys<kThreads>(TileKV{slot}, sequence_.v(p_), p_.v, p_, sequence_, batch_, load_key_, count,
+                          column_v(), int(p_.dim_v), params_.vector.v);
       load_step_ = 0;
       load_key_ += kTileKV;
     }
@@ -116,7 +127,7 @@ class Forward {
       FragC s[kM][kTileKV / 8];
       clear(s);
       const TileClass mask_class =
-          p_.masking.mask.present() ? classify_mask<kRowsOfWarp, kTileKV>(tile, row, 0) : TileClass::kFull;
+          p_.has_mask() ? classify_masks<kRowsOfWarp, kTileKV>(tile, row, 0) : TileClass::kFull;
       // A warp whose rows see nothing of the tile only keeps step with the others.
       const bool seen = mask_class != TileClass::kSkip;
       for (int step = 0; step < steps(); ++step) {
@@ -125,7 +136,7 @@ class Forward {
         if (seen) multiply_rows<T>(s, q, row, TileKV{slot}, 0, params_.fast_fp32);
       }
       if (seen) {
-        const bool partial = classify(p_.masking.band, kv_length_, rows_.query_begin, query_end_, key,
+        const bool partial = classify(sequence_.band(), kv_length_, rows_.query_begin, query_end_, key,
                                       key + kTileKV) != TileClass::kFull;
         const bool masked = mask_class == TileClass::kPartial;
         if (kModified || partial || masked) {
@@ -159,7 +170,7 @@ class Forward {
   }
 
   FAE_DEVICE ScoreTile score_tile(int key) const {
-    return {p_, params_.scale, batch_, head_q(), rows_, row_count_, key, kv_length_};
+    return {p_, params_.scale, batch_, head_q(), rows_, row_count_, key, kv_length_, band_of(sequence_)};
   }
 
   FAE_DEVICE void store(FragC (&out)[kM][kDim / 8], const OnlineSoftmax<kM>& softmax, int row) {
@@ -192,7 +203,7 @@ class Forward {
       }
     }
     warp_barrier();
-    const RowSource<T> target(params_.call.out, batch_, head_q());
+    const RowSource<T> target(params_.call.out, batch_, head_q(), sequence_.first_query());
     store_rows<kRowsOfWarp>(staging, target, rows_, row, row_count_, column_v(), int(p_.dim_v),
                             params_.vector.out);
   }
@@ -216,7 +227,7 @@ class Forward {
   FAE_DEVICE void store_lse(int r, double lse) const {
     const RowValues<void>& to = params_.call.lse;
     if (!to.present()) return;
-    const int64_t at = to.index(batch_, head_q() + rows_.head(r), rows_.query(r));
+    const int64_t at = to.index(batch_, head_q() + rows_.head(r), sequence_.first_query() + rows_.query(r));
     if constexpr (lse_dtype(DTypeOf<T>::value) == DType::kFloat64) {
       store_global(static_cast<double*>(to.data) + at, lse);
     } else {
@@ -227,16 +238,17 @@ class Forward {
   const Params& params_;
   const Problem& p_;
   const Smem<std::byte> smem_;
+  const SharedSequence<T> sequence_;
   int batch_, head_kv_;
+  int kv_length_;
   int slice_;      // of the output's columns
   int row_begin_;  // first packed row of the block
   int row_count_;  // rows of its tile that exist
   int query_end_;
-  int kv_length_;
-  int key_end_;  // of the keys that at least one row sees
+  int key_end_ = 0;  // of the keys that at least one row sees
   PackedRows rows_;
   // What load_next loads next.
-  int load_key_;
+  int load_key_ = 0;
   int load_step_ = 0;
 };
 

@@ -42,33 +42,48 @@ class KeyGrad {
 
  public:
   static constexpr int kThreads = Config::kWarps * kWarpSize;
-  static constexpr int kSharedBytes = kResidentBytes + Ring::kBytes;
+  static constexpr int kSharedBytes = kResidentBytes + Ring::kBytes + SharedSequence<T>::kBytes;
   static constexpr int kMinBlocks = 1;
 
-  static FAE_DEVICE void run(const Params& params) { KeyGrad(params).run_block(); }
+  static FAE_DEVICE void run(const Params& params) {
+    KeyGrad block(params);
+    if (block.key_count_ > 0) block.run_block();
+  }
 
  private:
   explicit FAE_DEVICE KeyGrad(const Params& params)
-      : params_(params), p_(params.call.problem), smem_(shared_memory()) {
+      : params_(params),
+        p_(params.call.problem),
+        smem_(shared_memory()),
+        sequence_(smem_ + (kSharedBytes - SharedSequence<T>::kBytes)) {
     const BlockOrder::Place place = params.order.place(block_index());
     const int slices = kSplit ? int(((p_.dim > p_.dim_v ? p_.dim : p_.dim_v) + kDim - 1) / kDim) : 1;
     const int64_t unit = place.unit / slices;
     slice_ = int(place.unit % slices);
-    batch_ = int(unit / p_.heads_kv);
+    const BlockSequence sequence(p_, unit / p_.heads_kv);
+    batch_ = sequence.batch;
+    kv_length_ = sequence.kv_length;
     head_kv_ = int(unit % p_.heads_kv);
     key_ = int(place.tile * kTileKV);
-    key_count_ = int(p_.seq_kv) - key_ < kTileKV ? int(p_.seq_kv) - key_ : kTileKV;
-    kv_length_ = int(p_.masking.kv_lengths.at(batch_, p_.seq_kv));
+    key_count_ = sequence.seq_kv - key_ < kTileKV ? sequence.seq_kv - key_ : kTileKV;
+    if (key_count_ <= 0) return;  // past the end of its sequence
+    sequence_.write(p_, sequence, head_kv_, params.call.dout,
+                    params.stats.place(batch_, head_kv_, sequence.first_query * p_.group()));
     const int seen_end = key_ + key_count_ < kv_length_ ? key_ + key_count_ : kv_length_;
-    const KeyRange queries =
-        key_ < seen_end ? seeing_queries(p_.masking.band, p_.seq_q, key_, seen_end) : KeyRange{0, 0};
+    if (key_ >= seen_end) return;
+    KeyRange queries = seeing_queries(sequence.band(), sequence.seq_q, key_, seen_end);
+    if (p_.masking.has_ranges()) {
+      queries = trim_queries<kThreads>(p_, batch_, head_kv_, key_, seen_end, queries);
+    }
+    if (queries.empty()) return;
     const int group = int(p_.group());
     row_ = int(queries.begin) * group / kTileQ * kTileQ;
-    row_end_ = queries.empty() ? row_ : int(queries.end) * group;
+    row_end_ = int(queries.end) * group;
     load_row_ = row_;
   }
 
   FAE_DEVICE int head_q() const { return head_kv_ * int(p_.group()); }
+  FAE_DEVICE int packed_rows() const { return sequence_.seq_q() * int(p_.group()); }
   FAE_DEVICE int column() const { return slice_ * kDim; }
   FAE_DEVICE TileKV resident_k() const { return {smem_}; }
   FAE_DEVICE TileKV resident_v() const { return {smem_ + TileKV::kBytes}; }
@@ -76,20 +91,27 @@ class KeyGrad {
   FAE_DEVICE int steps_k() const { return kSplit ? int((p_.dim + kDim - 1) / kDim) : 1; }
   FAE_DEVICE int steps_v() const { return kSplit ? int((p_.dim_v + kDim - 1) / kDim) : 1; }
 
-  FAE_DEVICE void load_keys(TileKV tile, const View4& view, int column, int64_t columns, bool vector) const {
-    load_tile<kThreads>(tile, RowSource<const T>(view, batch_, head_kv_), PlainRows{key_}, key_count_, column,
-                        int(columns), vector);
+  FAE_DEVICE void load_keys(TileKV tile, const RowSource<const T>& source, int column, int64_t columns,
+                            bool vector) const {
+    load_tile<kThreads>(tile, source, PlainRows{key_}, key_count_, column, int(columns), vector);
   }
-  FAE_DEVICE void load_rows(TileQ tile, const View4& view, int column, int64_t columns, bool vector) const {
-    const int left = int(p_.packed_rows()) - load_row_;
-    load_tile<kThreads>(tile, RowSource<const T>(view, batch_, head_q()), PackedRows(load_row_, p_.group()),
-                        left < kTileQ ? left : kTileQ, column, int(columns), vector);
+  FAE_DEVICE void load_rows(TileQ tile, const RowSource<const T>& source, int column, int64_t columns,
+                            bool vector) const {
+    const int left = packed_rows() - load_row_;
+    load_tile<kThreads>(tile, source, PackedRows(load_row_, p_.group()), left < kTileQ ? left : kTileQ,
+                        column, int(columns), vector);
   }
-  FAE_DEVICE void load_k(TileKV tile, int c) const { load_keys(tile, p_.k, c, p_.dim, params_.vector.k); }
-  FAE_DEVICE void load_v(TileKV tile, int c) const { load_keys(tile, p_.v, c, p_.dim_v, params_.vector.v); }
-  FAE_DEVICE void load_q(TileQ tile, int c) const { load_rows(tile, p_.q, c, p_.dim, params_.vector.q); }
+  FAE_DEVICE void load_k(TileKV tile, int c) const {
+    load_keys(tile, sequence_.k(p_), c, p_.dim, params_.vector.k);
+  }
+  FAE_DEVICE void load_v(TileKV tile, int c) const {
+    load_keys(tile, sequence_.v(p_), c, p_.dim_v, params_.vector.v);
+  }
+  FAE_DEVICE void load_q(TileQ tile, int c) const {
+    load_rows(tile, sequence_.q(p_), c, p_.dim, params_.vector.q);
+  }
   FAE_DEVICE void load_dout(TileQ tile, int c) const {
-    load_rows(tile, params_.call.dout, c, p_.dim_v, params_.vector.dout);
+    load_rows(tile, sequence_.dout(params_.call.dout), c, p_.dim_v, params_.vector.dout);
   }
 
   // The next item of the sequence. Whole: Q and dO of a tile of rows. Split: slices of K and Q,
@@ -142,7 +164,7 @@ class KeyGrad {
       clear(p);
       clear(ds);
       const TileClass mask_class =
-          p_.masking.mask.present() ? classify_mask<kTileQ, 16>(tile, 0, key_row) : TileClass::kFull;
+          p_.has_mask() ? classify_masks<kTileQ, 16>(tile, 0, key_row) : TileClass::kFull;
       // A warp whose keys nobody of the tile sees only keeps step with the others.
       const bool seen = mask_class != TileClass::kSkip;
       if constexpr (!kSplit) {
@@ -190,9 +212,16 @@ class KeyGrad {
 
   // The keys of the block against the packed rows from `row` on.
   FAE_DEVICE ScoreTile score_tile(int row) const {
-    const int left = int(p_.packed_rows()) - row;
-    return {p_,   params_.scale, batch_, head_q(), PackedRows(row, p_.group()), left < kTileQ ? left : kTileQ,
-            key_, kv_length_};
+    const int left = packed_rows() - row;
+    return {p_,
+            params_.scale,
+            batch_,
+            head_q(),
+            PackedRows(row, p_.group()),
+            left < kTileQ ? left : kTileQ,
+            key_,
+            kv_length_,
+            band_of(sequence_)};
   }
 
   // s: dot products of this warp's keys with the rows of a tile. Makes P of them, hands what dropout leaves
@@ -201,7 +230,7 @@ class KeyGrad {
   FAE_DEVICE void score_gradients(Scores& s, const ScoreTile& tile, TileClass mask_class, uint32_t kept,
                                   int key_row, int row, Use&& use, Scores& ds) const {
     const bool partial =
-        classify(p_.masking.band, kv_length_, tile.rows.query_begin, tile.rows.query(tile.row_count - 1) + 1,
+        classify(sequence_.band(), kv_length_, tile.rows.query_begin, tile.rows.query(tile.row_count - 1) + 1,
                  key_, key_ + kTileKV) != TileClass::kFull;
     const bool masked = mask_class != TileClass::kFull;
     FragC slope[1][kModified ? kTileQ / 8 : 1];
@@ -211,7 +240,7 @@ class KeyGrad {
       constexpr FragC(*no_slope)[kTileQ / 8] = nullptr;
       finish_scores<false, true>(s, no_slope, tile, key_row, 0, partial, masked);
     }
-    const int64_t at = (int64_t(batch_) * p_.heads_kv + head_kv_) * params_.stats.rows_padded + row;
+    const int64_t at = sequence_.stats_row() + row;
     probabilities_transposed<kNeedsLow<T, kModified>>(s, params_.stats, at, params_.scale.natural);
     if constexpr (kModified) {
       multiply_elements(slope, s);
@@ -241,13 +270,12 @@ class KeyGrad {
     FragC dq[1][kCols / 8];
     clear(dq);
     multiply_columns<T, kTileKV>(dq, resident_ds(), first_row, resident_k(), first_column, params_.fast_fp32);
-    const int64_t unit = int64_t(batch_) * p_.heads_kv + head_kv_;
+    const int64_t first = sequence_.stats_row();
     FAE_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int r = row + first_row + 8 * half + g;
-      if (r >= p_.packed_rows()) continue;
-      float* const sum =
-          params_.dq_sum + (unit * params_.stats.rows_padded + r) * params_.dim_padded + first_column + 2 * t;
+      if (r >= packed_rows()) continue;
+      float* const sum = params_.dq_sum + (first + r) * params_.dim_padded + first_column + 2 * t;
       FAE_UNROLL
       for (int n = 0; n < kCols / 8; ++n) {
         if (first_column + 8 * n >= params_.dim_padded) break;
@@ -271,10 +299,12 @@ class KeyGrad {
       }
     }
     warp_barrier();
-    store_rows<16>(dk_tile, RowSource<T>(params_.call.dk, batch_, head_kv_), PlainRows{key_}, key_row,
-                   key_count_, column(), int(p_.dim), params_.vector.dk);
-    store_rows<16>(dv_tile, RowSource<T>(params_.call.dv, batch_, head_kv_), PlainRows{key_}, key_row,
-                   key_count_, column(), int(p_.dim_v), params_.vector.dv);
+    const RowSource<T> dk_rows(params_.call.dk, batch_, head_kv_, sequence_.first_key());
+    const RowSource<T> dv_rows(params_.call.dv, batch_, head_kv_, sequence_.first_key());
+    store_rows<16>(dk_tile, dk_rows, PlainRows{key_}, key_row, key_count_, column(), int(p_.dim),
+                   params_.vector.dk);
+    store_rows<16>(dv_tile, dv_rows, PlainRows{key_}, key_row, key_count_, column(), int(p_.dim_v),
+                   params_.vector.dv);
   }
 
   // Rounds rows lane / 4 + 8 half into the tiles; a bit for each lane that holds something
@@ -299,14 +329,15 @@ class KeyGrad {
   const Params& params_;
   const Problem& p_;
   const Smem<std::byte> smem_;
+  const SharedSequence<T> sequence_;
   int batch_, head_kv_;
-  int slice_;      // of the columns of dK and dV
-  int key_;        // first key of the block
-  int key_count_;  // keys of its tile that exist
   int kv_length_;
-  int row_, row_end_;  // packed rows that see one of the keys, from a tile's first on
+  int slice_;                  // of the columns of dK and dV
+  int key_;                    // first key of the block
+  int key_count_;              // keys of its tile that exist
+  int row_ = 0, row_end_ = 0;  // packed rows that see one of the keys, from a tile's first on
   // What load_next loads next.
-  int load_row_;
+  int load_row_ = 0;
   int load_step_ = 0;
 };
 

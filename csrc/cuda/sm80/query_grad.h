@@ -32,27 +32,41 @@ class QueryGrad {
 
  public:
   static constexpr int kThreads = Config::kWarps * kWarpSize;
-  static constexpr int kSharedBytes = kResidentBytes + Ring::kBytes;
+  static constexpr int kSharedBytes = kResidentBytes + Ring::kBytes + SharedSequence<T>::kBytes;
   static constexpr int kMinBlocks = 1;
 
-  static FAE_DEVICE void run(const Params& params) { QueryGrad(params).run_block(); }
+  static FAE_DEVICE void run(const Params& params) {
+    QueryGrad block(params);
+    if (block.row_count_ > 0) block.run_block();
+  }
 
  private:
   explicit FAE_DEVICE QueryGrad(const Params& params)
-      : params_(params), p_(params.call.problem), smem_(shared_memory()) {
+      : params_(params),
+        p_(params.call.problem),
+        smem_(shared_memory()),
+        sequence_(smem_ + (kSharedBytes - SharedSequence<T>::kBytes)) {
     const BlockOrder::Place place = params.order.place(block_index());
     const int slices = kSplit ? int((p_.dim + kDim - 1) / kDim) : 1;
     const int64_t unit = place.unit / slices;
     slice_ = int(place.unit % slices);
-    batch_ = int(unit / p_.heads_kv);
+    const BlockSequence sequence(p_, unit / p_.heads_kv);
+    batch_ = sequence.batch;
+    kv_length_ = sequence.kv_length;
     head_kv_ = int(unit % p_.heads_kv);
     row_begin_ = int(place.tile * kTileQ);
-    const int left = int(p_.packed_rows()) - row_begin_;
+    const int left = sequence.seq_q * int(p_.group()) - row_begin_;
     row_count_ = left < kTileQ ? left : kTileQ;
+    if (row_count_ <= 0) return;  // past the end of its sequence
+    sequence_.write(p_, sequence, head_kv_, params.call.dout,
+                    params.stats.place(batch_, head_kv_, sequence.first_query * p_.group()));
     rows_ = PackedRows(row_begin_, p_.group());
-    kv_length_ = int(p_.masking.kv_lengths.at(batch_, p_.seq_kv));
     query_end_ = rows_.query(row_count_ - 1) + 1;
-    const KeyRange keys = visible_keys(p_.masking.band, kv_length_, rows_.query_begin, query_end_);
+    KeyRange keys = visible_keys(sequence.band(), kv_length_, rows_.query_begin, query_end_);
+    if (p_.masking.has_ranges()) {
+      keys = trim_keys<kThreads>(p_, batch_, head_kv_, rows_.query_begin, query_end_, keys);
+    }
+    if (keys.empty()) return;
     key_end_ = int(keys.end);
     load_key_ = int(keys.begin) / kTileKV * kTileKV;
   }
@@ -65,20 +79,24 @@ class QueryGrad {
   FAE_DEVICE int steps_v() const { return kSplit ? int((p_.dim_v + kDim - 1) / kDim) : 1; }
 
   FAE_DEVICE void load_q(TileQ tile, int c) const {
-    load_tile<kThreads>(tile, RowSource<const T>(p_.q, batch_, head_q()), rows_, row_count_, c, int(p_.dim),
-                        params_.vector.q);
+    load_tile<kThreads>(tile, sequence_.q(p_), rows_, row_count_, c, int(p_.dim), params_.vector.q);
   }
   FAE_DEVICE void load_dout(TileQ tile, int c) const {
-    load_tile<kThreads>(tile, RowSource<const T>(params_.call.dout, batch_, head_q()), rows_, row_count_, c,
-                        int(p_.dim_v), params_.vector.dout);
+    load_tile<kThreads>(tile, sequence_.dout(params_.call.dout), rows_, row_count_, c, int(p_.dim_v),
+                        params_.vector.dout);
   }
-  FAE_DEVICE void load_keys(TileKV tile, const View4& view, int c, int64_t columns, bool vector) const {
+  FAE_DEVICE void load_keys(TileKV tile, const RowSource<const T>& source, int c, int64_t columns,
+                            bool vector) const {
     const int left = key_end_ - load_key_;
-    load_tile<kThreads>(tile, RowSource<const T>(view, batch_, head_kv_), PlainRows{load_key_},
-                        left < kTileKV ? left : kTileKV, c, int(columns), vector);
+    load_tile<kThreads>(tile, source, PlainRows{load_key_}, left < kTileKV ? left : kTileKV, c, int(columns),
+                        vector);
   }
-  FAE_DEVICE void load_k(TileKV tile, int c) const { load_keys(tile, p_.k, c, p_.dim, params_.vector.k); }
-  FAE_DEVICE void load_v(TileKV tile, int c) const { load_keys(tile, p_.v, c, p_.dim_v, params_.vector.v); }
+  FAE_DEVICE void load_k(TileKV tile, int c) const {
+    load_keys(tile, sequence_.k(p_), c, p_.dim, params_.vector.k);
+  }
+  FAE_DEVICE void load_v(TileKV tile, int c) const {
+    load_keys(tile, sequence_.v(p_), c, p_.dim_v, params_.vector.v);
+  }
 
   // The next item of the sequence. Whole: K and V of a tile of keys. Split: slices of K and Q,
   // slices of V and dO, then the slice of K that dQ is made of.
@@ -111,8 +129,7 @@ class QueryGrad {
     const auto load = [this](Smem<std::byte> slot) { load_next(slot); };
     const bool fast = params_.fast_fp32;
     const int row = warp_index() * 16;
-    const int64_t at =
-        (int64_t(batch_) * p_.heads_kv + head_kv_) * params_.stats.rows_padded + row_begin_ + row;
+    const int64_t at = sequence_.stats_row() + row_begin_ + row;
     const LaneRowStats stats = load_row_stats<kNeedsLow<T, kModified>>(params_.stats, at);
     FragC dq[1][kDim / 8];
     clear(dq);
@@ -127,9 +144,10 @@ class QueryGrad {
       Scores s, ds;
       clear(s);
       clear(ds);
-      const ScoreTile tile{p_, params_.scale, batch_, head_q(), rows_, row_count_, key, kv_length_};
+      const ScoreTile tile{p_,         params_.scale, batch_,     head_q(),          rows_,
+                           row_count_, key,           kv_length_, band_of(sequence_)};
       const TileClass mask_class =
-          p_.masking.mask.present() ? classify_mask<16, kTileKV>(tile, row, 0) : TileClass::kFull;
+          p_.has_mask() ? classify_masks<16, kTileKV>(tile, row, 0) : TileClass::kFull;
       // A warp whose rows see nothing of the tile only keeps step with the others.
       const bool seen = mask_class != TileClass::kSkip;
       TileKV keys;
@@ -152,7 +170,7 @@ class QueryGrad {
         keys = TileKV{ring.next(load)};
       }
       if (!seen) continue;
-      const bool partial = classify(p_.masking.band, kv_length_, rows_.query_begin, query_end_, key,
+      const bool partial = classify(sequence_.band(), kv_length_, rows_.query_begin, query_end_, key,
                                     key + kTileKV) != TileClass::kFull;
       const bool masked = mask_class == TileClass::kPartial;
       if constexpr (kModified) {
@@ -208,23 +226,24 @@ class QueryGrad {
       }
     }
     warp_barrier();
-    store_rows<16>(staging, RowSource<T>(params_.call.dq, batch_, head_q()), rows_, row, row_count_, column(),
-                   int(p_.dim), params_.vector.dq);
+    const RowSource<T> target(params_.call.dq, batch_, head_q(), sequence_.first_query());
+    store_rows<16>(staging, target, rows_, row, row_count_, column(), int(p_.dim), params_.vector.dq);
   }
 
   const Params& params_;
   const Problem& p_;
   const Smem<std::byte> smem_;
+  const SharedSequence<T> sequence_;
   int batch_, head_kv_;
+  int kv_length_;
   int slice_;      // of dQ's columns
   int row_begin_;  // first packed row of the block
   int row_count_;  // rows of its tile that exist
   int query_end_;
-  int kv_length_;
-  int key_end_;  // of the keys that at least one row sees
+  int key_end_ = 0;  // of the keys that at least one row sees
   PackedRows rows_;
   // What load_next loads next.
-  int load_key_;
+  int load_key_ = 0;
   int load_step_ = 0;
 };
 

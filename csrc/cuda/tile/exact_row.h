@@ -28,26 +28,34 @@ FAE_DEVICE float dot(const View4& a, int64_t a_offset, const View4& b, int64_t b
 }
 
 // A packed query row as a tile of its own.
-FAE_DEVICE ScoreTile single_row(const Problem& problem, const ScoreScale& scale, int batch, int head_kv,
-                                int packed_row) {
+FAE_DEVICE ScoreTile single_row(const Problem& problem, const ScoreScale& scale,
+                                const BlockSequence& sequence, int head_kv, int packed_row) {
   return {problem,
           scale,
-          batch,
+          sequence.batch,
           head_kv * int(problem.group()),
           PackedRows(packed_row, problem.group()),
           1,
           0,
-          int(problem.masking.kv_lengths.at(batch, problem.seq_kv))};
+          sequence.kv_length,
+          band_of(sequence)};
 }
 
-// Score of the row of `row` and key j.
+// Where key j of a sequence begins in k, or v.
+FAE_DEVICE int64_t key_offset(const Problem& p, const View4& view, const BlockSequence& sequence, int head_kv,
+                              int j) {
+  const PageTable& pages = p.cache.pages;
+  const unsigned row = unsigned(sequence.first_key + j), size = unsigned(pages.page_size);
+  if (!pages.present()) return view.offset(sequence.key_batch, head_kv, row);
+  return view.offset(pages.at(sequence.key_batch, row / size), head_kv, row % size);
+}
+
+// Score of the row of `row`, which begins at `query` in q, and key j, which begins at `key` in k.
 template <class T, bool kModified>
-FAE_DEVICE_COLD Score exact_score(ScoreTile row, int j) {
+FAE_DEVICE_COLD Score exact_score(ScoreTile row, int64_t query, int64_t key, int j) {
   const Problem& p = row.problem;
-  const int head = row.head + row.rows.head(0), head_kv = head / int(p.group());
   row.key = j;
-  const float product = dot<T>(p.q, p.q.offset(row.batch, head, row.rows.query(0)), p.k,
-                               p.k.offset(row.batch, head_kv, j), p.dim);
+  const float product = dot<T>(p.q, query, p.k, key, p.dim);
   return pair_score<kModified>(product, row);
 }
 
@@ -97,9 +105,14 @@ template <class T, bool kModified, int kCols, class Tile>
 FAE_DEVICE_COLD double exact_output_row(const ForwardParams& params, int batch, int head_kv, int packed_row,
                                         int column, Tile tile, int r) {
   const Problem& p = params.call.problem;
-  const ScoreTile row = single_row(p, params.scale, batch, head_kv, packed_row);
+  const BlockSequence sequence(p, batch);
+  const ScoreTile row = single_row(p, params.scale, sequence, head_kv, packed_row);
   const int i = row.rows.query(0), lane = lane_index();
-  const KeyRange seen = visible_keys(p.masking.band, row.kv_length, i, i + 1);
+  const int64_t query = p.q.offset(batch, row.head + row.rows.head(0), sequence.first_query + i);
+  const auto score = [&](int j) {
+    return exact_score<T, kModified>(row, query, key_offset(p, p.k, sequence, head_kv, j), j).value;
+  };
+  const KeyRange seen = visible_keys(row.band.value, row.kv_length, i, i + 1);
   const float exponent = params.scale.exponent;
   const PhiloxKey key = dropout_key<kModified>(p);
   float sink = kHidden;
@@ -108,7 +121,7 @@ FAE_DEVICE_COLD double exact_output_row(const ForwardParams& params, int batch, 
   }
   float max = sink, sum = 0;
   for (int j = int(seen.begin) + lane; j < seen.end; j += kWarpSize) {
-    const float s = exact_score<T, kModified>(row, j).value;
+    const float s = score(j);
     if (s > max) max = s;
   }
   max = warp_max(max);
@@ -117,7 +130,7 @@ FAE_DEVICE_COLD double exact_output_row(const ForwardParams& params, int batch, 
   LaneColumns<kCols> out;
   for (int first = int(seen.begin); first < seen.end; first += kWarpSize) {
     const int j = first + lane;
-    const float s = j < seen.end ? exact_score<T, kModified>(row, j).value : kHidden;
+    const float s = j < seen.end ? score(j) : kHidden;
     float weight = exp2_fast((s - shift) * exponent);
     sum += s == kHidden ? 0.0f : weight;
     if (!keeps<kModified>(row, key, j)) weight = 0;
@@ -125,7 +138,8 @@ FAE_DEVICE_COLD double exact_output_row(const ForwardParams& params, int batch, 
     for (int turn = 0; turn < kWarpSize; ++turn) {
       const float its_weight = shuffle(weight, turn);
       if (!(visible >> turn & 1)) continue;
-      out.template add<T>(its_weight, p.v, p.v.offset(batch, head_kv, first + turn), column, int(p.dim_v));
+      out.template add<T>(its_weight, p.v, key_offset(p, p.v, sequence, head_kv, first + turn), column,
+                          int(p.dim_v));
     }
   }
   sum = warp_sum(sum);
@@ -146,16 +160,19 @@ template <class T, bool kModified>
 FAE_DEVICE_COLD PairGrad exact_pair_grad(const BackwardParams& params, int batch, int head_kv, int packed_row,
                                          int j) {
   const Problem& p = params.call.problem;
-  const ScoreTile row = single_row(p, params.scale, batch, head_kv, packed_row);
-  const Score score = exact_score<T, kModified>(row, j);
+  const BlockSequence sequence(p, batch);
+  const ScoreTile row = single_row(p, params.scale, sequence, head_kv, packed_row);
+  const int head = row.head + row.rows.head(0), query = sequence.first_query + row.rows.query(0);
+  const int key = sequence.first_key + j;
+  const Score score =
+      exact_score<T, kModified>(row, p.q.offset(batch, head, query), p.k.offset(batch, head_kv, key), j);
   if (score.value == kHidden) return {0, 0, false};
-  const int64_t at = (int64_t(batch) * p.heads_kv + head_kv) * params.stats.rows_padded + packed_row;
-  const int head = row.head + row.rows.head(0);
+  const int64_t at = params.stats.place(batch, head_kv, sequence.first_query * p.group()) + packed_row;
   const float low = load_global(params.stats.lse_low + at);
   const float exponent = score.value * params.scale.natural - load_global(params.stats.lse + at) - low;
   const float weight = exp2_fast(exponent * kLog2E);
-  float dp = dot<T>(params.call.dout, params.call.dout.offset(batch, head, row.rows.query(0)), p.v,
-                    p.v.offset(batch, head_kv, j), p.dim_v);
+  float dp = dot<T>(params.call.dout, params.call.dout.offset(batch, head, query), p.v,
+                    p.v.offset(batch, head_kv, key), p.dim_v);
   const bool kept = keeps<kModified>(row, dropout_key<kModified>(p), j);
   if (kModified) dp *= kept ? float(p.dropout.keep_scale) : 0.0f;
   return {kept ? weight : 0.0f, weight * (dp - load_global(params.stats.delta + at)) * score.slope, true};
@@ -166,9 +183,10 @@ template <class T, bool kModified, int kCols, class Tile>
 FAE_DEVICE_COLD void exact_query_grad_row(const BackwardParams& params, int batch, int head_kv,
                                           int packed_row, int column, Tile tile, int r) {
   const Problem& p = params.call.problem;
-  const ScoreTile row = single_row(p, params.scale, batch, head_kv, packed_row);
+  const BlockSequence sequence(p, batch);
+  const ScoreTile row = single_row(p, params.scale, sequence, head_kv, packed_row);
   const int i = row.rows.query(0);
-  const KeyRange seen = visible_keys(p.masking.band, row.kv_length, i, i + 1);
+  const KeyRange seen = visible_keys(row.band.value, row.kv_length, i, i + 1);
   LaneColumns<kCols> dq;
   for (int first = int(seen.begin); first < seen.end; first += kWarpSize) {
     const int j = first + lane_index();
@@ -178,7 +196,8 @@ FAE_DEVICE_COLD void exact_query_grad_row(const BackwardParams& params, int batc
     for (int turn = 0; turn < kWarpSize; ++turn) {
       const float ds = shuffle(pair.ds, turn);
       if (!(visible >> turn & 1)) continue;
-      dq.template add<T>(ds, p.k, p.k.offset(batch, head_kv, first + turn), column, int(p.dim));
+      dq.template add<T>(ds, p.k, p.k.offset(batch, head_kv, sequence.first_key + first + turn), column,
+                         int(p.dim));
     }
   }
   warp_barrier();
@@ -190,10 +209,11 @@ template <class T, bool kModified, int kCols, class Tile>
 FAE_DEVICE_COLD void exact_key_grad_row(const BackwardParams& params, int batch, int head_kv, int j,
                                         int column, Tile dk_tile, Tile dv_tile, int r) {
   const Problem& p = params.call.problem;
-  const KeyRange seeing = seeing_queries(p.masking.band, p.seq_q, j, j + 1);
-  const int group = int(p.group()), end = int(seeing.end) * group;
+  const BlockSequence sequence(p, batch);
+  const KeyRange seeing = seeing_queries(sequence.band(), sequence.seq_q, j, j + 1);
+  const int group = int(p.group()), end = seeing.empty() ? 0 : int(seeing.end) * group;
   LaneColumns<kCols> dk, dv;
-  for (int first = int(seeing.begin) * group; first < end; first += kWarpSize) {
+  for (int first = seeing.empty() ? 0 : int(seeing.begin) * group; first < end; first += kWarpSize) {
     const int row = first + lane_index();
     PairGrad pair{0, 0, false};
     if (row < end) pair = exact_pair_grad<T, kModified>(params, batch, head_kv, row, j);
@@ -202,7 +222,7 @@ FAE_DEVICE_COLD void exact_key_grad_row(const BackwardParams& params, int batch,
       const float weight = shuffle(pair.p, turn), ds = shuffle(pair.ds, turn);
       if (!(visible >> turn & 1)) continue;
       const PackedRows at(first + turn, group);
-      const int head = head_kv * group + at.head(0), i = at.query(0);
+      const int64_t head = head_kv * group + at.head(0), i = sequence.first_query + at.query(0);
       dk.template add<T>(ds, p.q, p.q.offset(batch, head, i), column, int(p.dim));
       dv.template add<T>(weight, params.call.dout, params.call.dout.offset(batch, head, i), column,
                          int(p.dim_v));

@@ -3,7 +3,7 @@
 
 #include "cuda/prim/cp_async.h"
 #include "cuda/prim/global.h"
-#include "cuda/tile/rows.h"
+#include "cuda/tile/sequence.h"
 #include "cuda/tile/smem_tile.h"
 
 namespace fae::cuda {
@@ -16,7 +16,18 @@ FAE_DEVICE void load_tile(SmemTile<T, kRows, kCols> tile, const RowSource<const 
                           int row_count, int column, int columns, bool vector) {
   using Tile = SmemTile<T, kRows, kCols>;
   constexpr int kTotal = kRows * Tile::kChunks;
-  if (vector) {
+  if constexpr (kLooksUpRows<Rows>) {
+    if (vector) {
+      FAE_NO_UNROLL
+      for (int index = thread_index(); index < kTotal; index += kThreads) {
+        const int r = index / Tile::kChunks, chunk = index % Tile::kChunks;
+        const int c = column + chunk * Tile::kChunk;
+        const bool inside = r < row_count && c < columns;
+        copy_async_16(tile.chunk(r, chunk), inside ? row_pointer(source, rows, r) + c : source.data, inside);
+      }
+      return;
+    }
+  } else if (vector) {
     // Whole rows of threads: one column of chunks a thread, and rows a constant stride apart.
     constexpr bool kRegular = kThreads % Tile::kChunks == 0 && kThreads / Tile::kChunks % 8 == 0;
     constexpr int kRowStep = kRegular ? kThreads / Tile::kChunks : 1;
@@ -52,6 +63,20 @@ FAE_DEVICE void load_tile(SmemTile<T, kRows, kCols> tile, const RowSource<const 
     Vec16 bits;
     memcpy(&bits, values, 16);
     store_shared(tile.chunk(r, chunk).template as<Vec16>(), bits);
+  }
+}
+
+// Begins to fill a tile with keys or values [key, key + row_count) of a sequence, whose K or V is `source`.
+template <int kThreads, class T, int kRows, int kCols>
+FAE_DEVICE void load_keys(SmemTile<T, kRows, kCols> tile, const RowSource<const T>& source, const View4& view,
+                          const Problem& p, const SharedSequence<T>& sequence, int batch, int key,
+                          int row_count, int column, int columns, bool vector) {
+  // Out of the way of all other calls.
+  if (const PageTable& pages = p.cache.pages; __builtin_expect(pages.present(), false)) {
+    const PagedRows rows{pages, batch, sequence.first_key() + key, view.stride[0]};
+    load_tile<kThreads>(tile, source, rows, row_count, column, columns, vector);
+  } else {
+    load_tile<kThreads>(tile, source, PlainRows{key}, row_count, column, columns, vector);
   }
 }
 

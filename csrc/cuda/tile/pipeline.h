@@ -24,7 +24,7 @@ class Pipeline {
 
   template <class Load>
   FAE_DEVICE void start(Load&& load) {
-    FAE_UNROLL
+    FAE_NO_UNROLL
     for (int i = 0; i < kSlots - 1; ++i) fill(load);
   }
 

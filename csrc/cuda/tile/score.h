@@ -7,12 +7,22 @@
 #include "cuda/prim/warp.h"
 #include "cuda/tile/element.h"
 #include "cuda/tile/frag.h"
-#include "cuda/tile/rows.h"
+#include "cuda/tile/sequence.h"
 
 namespace fae::cuda {
 
 constexpr float kHidden = -__builtin_inff();
 constexpr float kLog2E = 1.4426950408889634f;
+
+// As Intervals::label and bound.
+FAE_DEVICE int load_label(const Intervals& x, int m, int batch, int query) {
+  return load_global(x.labels + m * x.label_stride[0] + batch * x.label_stride[1] +
+                     query * x.label_stride[2]);
+}
+FAE_DEVICE int load_bound(const Intervals& x, int m, int batch, int key, int side) {
+  return load_global(x.bounds + m * x.bound_stride[0] + batch * x.bound_stride[1] + key * x.bound_stride[2] +
+                     side * x.bound_stride[3]);
+}
 
 // Where a tile of scores lies: packed query rows x keys from `key` on, of one K/V head.
 struct ScoreTile {
@@ -24,20 +34,54 @@ struct ScoreTile {
   int row_count;  // rows of the tile that exist
   int key;
   int kv_length;
+  TileBand band;
 
-  // Keys that row r sees by band and length, relative to `key`; empty for a row that does
-  // not exist.
-  FAE_DEVICE void visible(int r, int* begin, int* end) const {
+  // Keys that row r sees by the band of its sequence and length, relative to `key`; empty for a
+  // row that does not exist.
+  FAE_DEVICE void visible(const Band& its_band, int r, int* begin, int* end) const {
     const int i = rows.query(r);
-    const KeyRange seen = visible_keys(problem.masking.band, kv_length, i, i + 1);
+    const KeyRange seen = visible_keys(its_band, kv_length, i, i + 1);
     *begin = int((seen.begin < seen.end ? seen.begin : seen.end) - key);
     *end = r < row_count ? int(seen.end) - key : *begin;
   }
   // The key, relative to `key`, that ALiBi finds at no distance from row r.
-  FAE_DEVICE int diagonal(int r) const { return rows.query(r) + int(problem.seq_kv - problem.seq_q) - key; }
+  FAE_DEVICE int diagonal(int r) const { return rows.query(r) + band.shift() - key; }
+  // The same for rare paths, see opaque.
+  FAE_DEVICE ScoreTile rarely() const {
+    ScoreTile same = *this;
+    same.batch = opaque(batch);
+    same.key = opaque(key);
+    return same;
+  }
   // Element offset of (row r, `key` + column) in a mask or bias.
   FAE_DEVICE int64_t offset(const View4& view, int r, int column) const {
     return view.offset(batch, head + rows.head(r), rows.query(r)) + int64_t(key + column) * view.stride[3];
+  }
+  // The same in a mask of blocks.
+  FAE_DEVICE int64_t block_offset(const BoolMask& mask, int r, int column) const {
+    const unsigned block_q = unsigned(mask.block_q), block_kv = unsigned(mask.block_kv);
+    return mask.offset(batch, head + rows.head(r), unsigned(rows.query(r)) / block_q) +
+           int64_t(unsigned(key + column) / block_kv) * mask.stride[3];
+  }
+  FAE_DEVICE int bound(const Intervals& x, int m, int column, int side) const {
+    return load_bound(x, m, batch, key + column, side);
+  }
+  // Whether intervals and a mask of blocks let row r see the key; neither needs to exist.
+  FAE_DEVICE bool sees_by_ranges(int r, int column) const {
+    if (r >= row_count || key + column >= kv_length) return false;
+    const Intervals& x = problem.masking.intervals;
+    const int query = rows.query(r);
+    bool seen = true;
+    FAE_NO_UNROLL
+    for (int m = 0; m < x.count; ++m) {
+      const int label = load_label(x, m, batch, query);
+      seen &= bound(x, m, column, 0) <= label && label < bound(x, m, column, 1);
+    }
+    const BoolMask& mask = problem.masking.mask;
+    if (mask.present() && !mask.dense()) {
+      seen &= load_global(static_cast<const uint8_t*>(mask.data) + block_offset(mask, r, column)) != 0;
+    }
+    return seen;
   }
 };
 
@@ -48,13 +92,14 @@ struct ScoreTile {
 template <bool kTransposed, int kM, int kN>
 FAE_DEVICE void hide_outside(FragC (&s)[kM][kN], const ScoreTile& tile, int row, int column) {
   const int g = lane_index() / 4, t = lane_index() % 4;
+  const Band band = tile.band.get();
   if constexpr (!kTransposed) {
     FAE_UNROLL
     for (int m = 0; m < kM; ++m) {
       FAE_UNROLL
       for (int half = 0; half < 2; ++half) {
         int begin, end;
-        tile.visible(row + 16 * m + 8 * half + g, &begin, &end);
+        tile.visible(band, row + 16 * m + 8 * half + g, &begin, &end);
         FAE_UNROLL
         for (int n = 0; n < kN; ++n) {
           FAE_UNROLL
@@ -72,7 +117,7 @@ FAE_DEVICE void hide_outside(FragC (&s)[kM][kN], const ScoreTile& tile, int row,
       FAE_UNROLL
       for (int e = 0; e < 2; ++e) {
         int begin, end;
-        tile.visible(column + 8 * n + 2 * t + e, &begin, &end);
+        tile.visible(band, column + 8 * n + 2 * t + e, &begin, &end);
         FAE_UNROLL
         for (int half = 0; half < 2; ++half) {
           const int j = row + 8 * half + g;
@@ -192,6 +237,30 @@ FAE_DEVICE void add_alibi(FragC (&s)[kM][kN], const ScoreTile& tile, int row, in
   }
 }
 
+// Hides what intervals and a mask of blocks do. Rows and keys that do not exist are hidden.
+template <bool kTransposed, int kM, int kN>
+FAE_DEVICE void hide_by_ranges(FragC (&s)[kM][kN], const ScoreTile& from, int row, int column) {
+  const ScoreTile tile = from.rarely();
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  // A bit each, found out one after the other: unrolled, this would be most of a kernel.
+  static_assert(4 * kM * kN <= 64);
+  uint64_t hidden = 0;
+  FAE_NO_UNROLL
+  for (int at = 0; at < 4 * kM * kN; ++at) {
+    const int i = at / (2 * kN), n = at % (2 * kN);
+    const int down = row + 8 * i + g, across = column + n / 2 * 8 + 2 * t + n % 2;
+    const bool seen = kTransposed ? tile.sees_by_ranges(across, down) : tile.sees_by_ranges(down, across);
+    hidden |= uint64_t(!seen) << at;
+  }
+  FAE_UNROLL
+  for (int i = 0; i < 2 * kM; ++i) {
+    FAE_UNROLL
+    for (int n = 0; n < 2 * kN; ++n) {
+      if (hidden >> (2 * kN * i + n) & 1) s[i / 2][n / 2][i % 2 * 2 + n % 2] = kHidden;
+    }
+  }
+}
+
 struct Score {
   float value;  // as kernels hold it (see ScoreScale); -inf when hidden
   float slope;  // d score / d (scale * dot)
@@ -231,11 +300,12 @@ FAE_DEVICE void finish_scores(FragC (&s)[kM][kN], FragC (*slope)[kN], const Scor
     if (p.score.alibi.present()) add_alibi<kTransposed>(s, tile, row, column);
   }
   // Rows and keys that do not exist are hidden first: nothing is read for them below.
-  const View4& mask = p.masking.mask;
+  const BoolMask& mask = p.masking.mask;
   if (partial || masked || (kModified && p.score.bias.present())) {
     hide_outside<kTransposed>(s, tile, row, column);
   }
-  if (masked) {
+  if (masked && p.masking.has_ranges()) hide_by_ranges<kTransposed>(s, tile, row, column);
+  if (masked && mask.present() && mask.dense()) {
     const auto* data = static_cast<const uint8_t*>(mask.data);
     for_each_visible<kTransposed>(s, mask, tile, row, column, [data](float& x, int64_t at) {
       if (load_global(data + at) == 0) x = kHidden;
@@ -262,14 +332,18 @@ FAE_DEVICE void finish_scores(FragC (&s)[kM][kN], FragC (*slope)[kN], const Scor
   }
 }
 
-// Whether band, length and mask let the first row of `tile` see key `tile.key`.
+// Whether band, length and masks let the first row of `tile` see key `tile.key`.
 FAE_DEVICE bool sees_key(const ScoreTile& tile) {
-  const View4& mask = tile.problem.masking.mask;
+  const Masking& masking = tile.problem.masking;
+  const BoolMask& mask = masking.mask;
   int begin, end;
-  tile.visible(0, &begin, &end);
-  return begin <= 0 && end > 0 &&
-         (!mask.present() ||
-          load_global(static_cast<const uint8_t*>(mask.data) + tile.offset(mask, 0, 0)) != 0);
+  tile.visible(tile.band.get(), 0, &begin, &end);
+  if (begin > 0 || end <= 0) return false;
+  if (mask.present() && mask.dense() &&
+      load_global(static_cast<const uint8_t*>(mask.data) + tile.offset(mask, 0, 0)) == 0) {
+    return false;
+  }
+  return !masking.has_ranges() || tile.sees_by_ranges(0, 0);
 }
 
 // The bias of the first row of `tile` and key `tile.key`.
