@@ -258,7 +258,6 @@ def _serve(strict: bool, query: Tensor, key: Tensor, value: Tensor, *args, **kwa
     if strict:
         return scaled_dot_product_attention(query, key, value, *args, **kwargs)
     tensors = (query, key, value, *args, *kwargs.values())
-    dropout_p = kwargs.get("dropout_p", args[1] if len(args) > 1 else 0.0)
     reason = _why_torch(query, *(t for t in tensors if isinstance(t, Tensor)))
     if reason is None:
         try:
