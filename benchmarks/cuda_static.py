@@ -59,13 +59,14 @@ class Kernel:
     @classmethod
     def of(cls, mangled: str) -> Kernel | None:
         found = re.search(
-            r"kernel_entryI(?:NS0?_)(?:4sm80)?\d+([A-Za-z]+?)I(NS_8BFloat16E|NS_7Float16E|f)((?:L[ib]\d+E)*)E",
+            r"kernel_entryI(?:NS0?_)(?:4sm80)?\d+([A-Za-z]+?)(?:I(NS_8BFloat16E|NS_7Float16E|f)((?:L[ib]\d+E)*))?E",
             mangled,
         )
         if not found:
             return None
-        dtype = {"NS_8BFloat16E": "bfloat16", "NS_7Float16E": "float16", "f": "float32"}[found.group(2)]
-        return cls(found.group(1), dtype, tuple(int(n) for n in re.findall(r"L[ib](\d+)E", found.group(3))))
+        types = {"NS_8BFloat16E": "bfloat16", "NS_7Float16E": "float16", "f": "float32", None: "any"}
+        numbers = re.findall(r"L[ib](\d+)E", found.group(3) or "")
+        return cls(found.group(1), types[found.group(2)], tuple(int(n) for n in numbers))
 
     @property
     def name(self) -> str:
