@@ -30,7 +30,6 @@ struct CacheUpdate {
 struct CachedCall {
   ForwardCall forward;
   CacheUpdate update;
-  int64_t entries = 0;  // of the cache, or pages
   int64_t rotary_positions = 0;
 };
 

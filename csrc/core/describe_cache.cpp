@@ -47,6 +47,7 @@ Problem make_problem(const CacheCallDesc& call) {
   cache.added = call.added();
   cache.left_pad = integers_of(call.cache_leftpad);
   cache.batch = integers_of(call.cache_batch_idx);
+  cache.entries = call.k_cache.shape[0];
   if (const TensorDesc& table = call.block_table; table.present) {
     cache.pages = {integers_of(table), table.stride[1], call.k_cache.shape[1], call.k_cache.shape[0]};
   }

@@ -28,13 +28,16 @@ struct KeyCache {
   int64_t capacity = -1;  // keys that one sequence has room for; -1: there is no cache
   Integers lengths;       // (batch): what is in it before the call, left padding included; none: `length`
   int64_t length = 0;
-  int64_t added = 0;  // keys that the call itself puts behind those
-  Integers left_pad;  // (batch): so many keys at the begin do not count; none: 0
-  Integers batch;     // (batch): whose entry of the cache; none: its own
-  PageTable pages;    // none: an entry is one piece
+  int64_t added = 0;    // keys that the call itself puts behind those
+  Integers left_pad;    // (batch): so many keys at the begin do not count; none: 0
+  Integers batch;       // (batch): whose entry of the cache; none: its own
+  int64_t entries = 0;  // of the cache; with pages: pages
+  PageTable pages;      // none: an entry is one piece
 
   FAE_HD bool present() const { return capacity >= 0; }
   FAE_HD int64_t first(int64_t b) const { return left_pad.present() ? clamped(left_pad.at(b), capacity) : 0; }
+  // Whose entry sequence b reads, within the cache whatever `batch` says.
+  FAE_HD int64_t entry(int64_t b) const { return batch.present() ? clamped(batch.at(b), entries - 1) : b; }
   // Keys from the begin of the entry, before the call and with those that it adds.
   FAE_HD int64_t filled(int64_t b) const {
     return clamped(lengths.present() ? lengths.at(b) : length, capacity - added);

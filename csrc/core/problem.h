@@ -85,7 +85,7 @@ struct Problem {
     if (cache.present()) {
       s.first_key = cache.first(b);
       s.seq_kv = cache.end(b) > s.first_key ? cache.end(b) - s.first_key : 0;
-      if (cache.batch.present()) s.key_batch = cache.batch.at(b);
+      s.key_batch = cache.entry(b);
     }
     if (ragged()) s.band = band_rule.of(s.seq_q, s.seq_kv);
     s.kv_length = masking.kv_lengths.at(b, s.seq_kv);

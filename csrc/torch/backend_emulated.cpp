@@ -59,8 +59,8 @@ class EmulatedMachine {
     emu::options().seed = schedule_seed;
     const int64_t length = cache.pages.present() ? cache.pages.page_size : cache.capacity;
     const int64_t packed = p.packing.present() ? 1 : p.batch;
-    change("k_cache", p.k, {call.entries, p.heads_kv, length, p.dim}, p.dtype, update.k.present());
-    change("v_cache", p.v, {call.entries, p.heads_kv, length, p.dim_v}, p.dtype, update.k.present());
+    change("k_cache", p.k, {cache.entries, p.heads_kv, length, p.dim}, p.dtype, update.k.present());
+    change("v_cache", p.v, {cache.entries, p.heads_kv, length, p.dim_v}, p.dtype, update.k.present());
     read("q", p.q, {packed, p.heads_q, rows(p), p.dim}, p.dtype);
     read_of_heads(p);
     if (update.k.present()) {

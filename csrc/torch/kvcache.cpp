@@ -96,7 +96,6 @@ void attention_kvcache(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outp
   if (return_lse) {
     cached.forward.lse = row_values<void>(lse.desc, q, Layout::kBshd, call.cu_seqlens_q.present);
   }
-  cached.entries = call.k_cache.shape[0];
   if (call.appends()) {
     cached.update.k = attention_view(call.k, Layout::kBshd);
     cached.update.v = attention_view(call.v, Layout::kBshd);

@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include "core/problem.h"
+
 namespace fae {
 namespace {
 
@@ -148,6 +150,39 @@ TEST(Lengths, AreClampedAndStrided) {
   EXPECT_EQ(b.at(2, 10), 10);
   EXPECT_EQ(none.at(2, 10), 10);
   EXPECT_EQ(shared.at(5, 10), 3);
+}
+
+// What kernels read on a device nobody has checked: it stays within the tensors.
+TEST(Sequence, LiesWithinTheTensorsWhateverIsRead) {
+  const int64_t wild[] = {-7, INT64_MAX, 2};
+  const Integers numbers{wild, 1, true};
+  Problem packed;
+  packed.batch = 2;
+  packed.seq_q = packed.seq_kv = 5;
+  packed.packing = {numbers, numbers, 9, 8};
+  for (int64_t b = 0; b < 2; ++b) {
+    const Sequence s = packed.sequence(b);
+    EXPECT_TRUE(s.first_query >= 0 && s.seq_q >= 0 && s.first_query + s.seq_q <= 9);
+    EXPECT_TRUE(s.first_key >= 0 && s.seq_kv >= 0 && s.first_key + s.seq_kv <= 8);
+  }
+
+  Problem cached;
+  cached.batch = 3;
+  cached.cache.capacity = 10;
+  cached.cache.added = 2;
+  cached.cache.entries = 4;
+  cached.cache.lengths = cached.cache.left_pad = cached.cache.batch = numbers;
+  const int64_t entries[] = {0, 3, 2};
+  for (int64_t b = 0; b < 3; ++b) {
+    const Sequence s = cached.sequence(b);
+    EXPECT_EQ(s.key_batch, entries[b]);
+    EXPECT_TRUE(s.first_key >= 0 && s.seq_kv >= 0 && s.first_key + s.seq_kv <= 10);
+    EXPECT_TRUE(cached.cache.filled(b) >= 0 && cached.cache.end(b) <= 10);
+  }
+  const PageTable pages{{wild, 0, true}, 1, 4, 6};
+  EXPECT_EQ(pages.at(0, 0), 0);
+  EXPECT_EQ(pages.at(0, 1), 5);
+  EXPECT_EQ(pages.at(0, 2), 2);
 }
 
 }  // namespace

@@ -76,13 +76,13 @@ class UpdateCache {
     if (!paged && !cache.batch.present()) return false;
     const int64_t size = paged ? cache.pages.page_size : cache.capacity;
     const int64_t pieces = (cache.added + size - 1) / size + 1;  // pages that new rows of a sequence touch
-    const int64_t own = paged ? cache.pages.at(b, position / size) : cache.batch.at(b);
+    const int64_t own = paged ? cache.pages.at(b, position / size) : cache.entry(b);
     bool found = false;
     for (int64_t n = lane_index(); n < (p.batch - b) * pieces; n += kWarpSize) {
       const int64_t other = b + n / pieces, begin = cache.filled(other), end = begin + cache.added;
       const int64_t piece = begin / size + n % pieces;
       if (piece * size >= end) continue;
-      const int64_t there = paged ? cache.pages.at(other, piece) : cache.batch.at(other);
+      const int64_t there = paged ? cache.pages.at(other, piece) : cache.entry(other);
       const int64_t same = piece * size + position % size;
       found |= there == own && same >= begin && same < end && (other > b || same > position);
     }
