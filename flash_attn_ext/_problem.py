@@ -270,6 +270,16 @@ def tile_of(t: Tensor, q_begin: int, q_end: int, k_begin: int, k_end: int) -> Te
     return t if t.shape[-1] == 1 else t[..., k_begin:k_end]
 
 
+def fold(t: Tensor) -> Tensor:
+    """(batch, heads_kv, group, rows, n) -> (batch, heads_kv, group * rows, n): a group shares its keys."""
+    return t.flatten(2, 3)
+
+
+def unfold(t: Tensor, group: int) -> Tensor:
+    """`fold` undone."""
+    return t.unflatten(2, (group, t.shape[2] // group))
+
+
 def is_finite(t: Tensor) -> bool:
     """False also where there is no asking: in a trace, under vmap, or where it would wait for a device."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from . import _cuda, _errors, autograd, dispatch, ops, portable, reference
+from . import _cuda, _errors, autograd, dispatch, forward_mode, ops, portable, reference
 from ._problem import LAYOUTS, lse_dtype
 from ._windows import CAUSAL
 from .config import AttentionConfig
@@ -23,39 +22,30 @@ def run(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`out`, or (out, lse). `call`: q, k, v and the options of the operators' family; `own`: what follows
     those in the operators' arguments."""
-    if name != "standard" and in_forward_mode():
-        _refuse_tangents(operators.family, call)
-    need_lse = return_lse or needs_grad
+    with_tangents = name != "standard" and forward_mode.is_active()
+    if with_tangents and out is not None:
+        forward_mode.check_none(operators.family, call)
+    need_lse = return_lse or with_tangents or (needs_grad and name != "standard")
     if out is not None:
         lse = _write(name, operators, call, need_lse, own, out, needs_grad)
-    elif name == "standard":
-        options, _ = operators.family.read(call[3:])
-        if not torch.compiler.is_compiling():
-            _errors.check_call(*call[:3], options)
-        out, lse = reference.attention(*call[:3], options, return_lse)
-    elif torch.compiler.is_compiling():
-        out, lse = operators.attention(*call, need_lse, *own)
-    elif not needs_grad:
-        out, lse = operators.forward(*call, need_lse, *own)
     else:
-        out, lse = autograd.attention(operators, *call, need_lse, *own)
+        out, lse = _compute(name, operators, call, need_lse, own, needs_grad or with_tangents)
     return (out, lse.to(lse_dtype(call[0]))) if return_lse else out
 
 
-def in_forward_mode() -> bool:
-    """Whether tensors may carry tangents (torch.func.jvp, torch.autograd.forward_ad)."""
-    return forward_ad._current_level >= 0
-
-
-def _refuse_tangents(family: ops.Family, call: tuple) -> None:
-    """Raises where a result would silently go without its tangent."""
-    names = ("q", "k", "v", *family.options)
-    for name, value in zip(names, call, strict=True):
-        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
-            raise NotImplementedError(
-                f"{name} has a tangent, but there is no forward-mode derivative (jvp); use reverse mode: "
-                "backward, torch.func.grad or vjp"
-            )
+def _compute(
+    name: str, operators: ops.Operators, call: tuple, need_lse: bool, own: tuple, differentiable: bool
+) -> tuple[Tensor, Tensor]:
+    if name == "standard":
+        options, _ = operators.family.read(call[3:])
+        if not torch.compiler.is_compiling():
+            _errors.check_call(*call[:3], options)
+        return reference.attention(*call[:3], options, need_lse)
+    if torch.compiler.is_compiling():
+        return operators.attention(*call, need_lse, *own)
+    if not differentiable:
+        return operators.forward(*call, need_lse, *own)
+    return autograd.attention(operators, *call, need_lse, *own)
 
 
 def _write(

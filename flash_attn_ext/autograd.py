@@ -1,4 +1,4 @@
-"""First-order gradients and autocast of the attention operators, and notice of what they write into."""
+"""First-order derivatives and autocast of the attention operators, and notice of what they write into."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import operator
 import torch
 from torch import Tensor
 
-from . import ops
+from . import forward_mode, ops
 from ._problem import AUTOCAST_DEVICES
 
 
@@ -32,11 +32,15 @@ class _RefuseSecondOrder(torch.autograd.Function):
             "use backend='standard' where a gradient of a gradient is needed"
         )
 
+    jvp = backward
+
 
 def _save(ctx, operators: ops.Operators, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     """`inputs` are a forward operator's arguments."""
     tensors = operators.family.first_number
     ctx.save_for_backward(*inputs[:tensors], *output)
+    if forward_mode.is_active():
+        ctx.save_for_forward(*inputs[:tensors], *output)
     ctx.operators = operators
     ctx.rest = inputs[tensors:]
 
@@ -70,6 +74,19 @@ def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, offset: int = 0) ->
     return tuple(result)
 
 
+def _tangents(ctx, operators: None, *given: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Those of (out, lse); `given`: of each argument of the forward operator."""
+    family = ctx.operators.family
+    saved = ctx.saved_tensors
+    options, _ = family.read((*saved[3:-2], *ctx.rest))
+    of_options = {
+        name: given[place] for name, place in zip(family.differentiable, family.places, strict=True)
+    }
+    return forward_mode.tangents(
+        *saved[:3], *saved[-2:], options, forward_mode.Tangents(*given[:3], **of_options)
+    )
+
+
 class _EagerAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, operators, *inputs):
@@ -81,6 +98,8 @@ class _EagerAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dlse):
         return _backward(ctx, dout, dlse, offset=1)
+
+    jvp = staticmethod(_tangents)
 
 
 class _FunctorchAttention(torch.autograd.Function):
@@ -98,6 +117,7 @@ class _FunctorchAttention(torch.autograd.Function):
         _save(ctx, inputs[0], inputs[1:], output)
 
     backward = _EagerAttention.backward
+    jvp = _EagerAttention.jvp
 
 
 # Past the part of `Function.apply` that serves functorch, to whom `attention` never passes this.

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from . import _errors, _extended, autograd, dispatch, ops
+from . import _errors, _extended, autograd, dispatch, forward_mode, ops
 from ._problem import LAYOUTS, lse_dtype, lse_shape
-from ._run import check_types, in_forward_mode, own_arguments, run
+from ._run import check_types, own_arguments, run
 from ._windows import CAUSAL, window_bounds
 from .config import AttentionConfig
 from .masks import Mask
@@ -129,7 +129,11 @@ def flash_attention(
             q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
         )
         call = (q, k, v, mask, bias, kv_lengths, LAYOUTS[layout], CAUSAL[causal], left, right, scale, softcap)
-        if name == "cpu" and out is None and not (needs_grad or return_lse or compiling or in_forward_mode()):
+        if (
+            name == "cpu"
+            and out is None
+            and not (needs_grad or return_lse or compiling or forward_mode.is_active())
+        ):
             return ops.KERNELS.forward(*call, False, *own)[0]  # a small call is over by now
         return run(name, ops.BY_BACKEND[name], call, return_lse, needs_grad, own, out)
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:

@@ -21,6 +21,7 @@ from ._options import Options
 from ._problem import (
     Problem,
     contract,
+    fold,
     heads_first,
     is_finite,
     kernel_lse_dtype,
@@ -29,6 +30,7 @@ from ._problem import (
     no_autocast,
     parts,
     tile_of,
+    unfold,
 )
 
 _TILE_ELEMENTS = 1 << 22  # scores that exist at a time, over all heads
@@ -72,7 +74,7 @@ class Tiles:
         """Scores (batch, heads_kv, group, queries, keys), -inf where hidden; which are visible
         (None: all); and the slope of the softcap there (None without one)."""
         p = self.problem
-        s = _unfold(_fold(q) @ k.mT, q.shape[2]).mul_(p.scale)
+        s = unfold(fold(q) @ k.mT, q.shape[2]).mul_(p.scale)
         slope = None
         if p.softcap:
             t = s.div_(p.softcap).tanh_()
@@ -86,15 +88,6 @@ class Tiles:
         if visible is not None:
             s.masked_fill_(~visible, -math.inf)
         return s, visible, slope
-
-
-def _fold(t: Tensor) -> Tensor:
-    """(batch, heads_kv, group, rows, n) -> (batch, heads_kv, group * rows, n): a group shares its keys."""
-    return t.flatten(2, 3)
-
-
-def _unfold(t: Tensor, group: int) -> Tensor:
-    return t.unflatten(2, (group, t.shape[2] // group))
 
 
 class OnlineSoftmax:
@@ -186,10 +179,10 @@ def _forward_rows(
         tile = (q0, q1, k0, k1)
         s, visible, _ = tiles.scores(q, k, tile)
         weights, decay = softmax.add(s)
-        seen = None if v_is_safe or visible is None else _fold(visible.expand_as(s))
+        seen = None if v_is_safe or visible is None else fold(visible.expand_as(s))
         if (kept := p.kept(*tile)) is not None:
             weights.mul_(kept).mul_(p.dropout_scale)
-        acc = acc * decay + _unfold(contract(_fold(weights), seen, v), q.shape[2])
+        acc = acc * decay + unfold(contract(fold(weights), seen, v), q.shape[2])
     nothing = softmax.row_sum == 0
     return (acc / softmax.row_sum).masked_fill_(nothing, 0), softmax.lse(lse_dtype)
 
@@ -278,7 +271,7 @@ class _Rows:
         place = (self.q0, self.q1, k0, k1)
         s, visible, slope = self.tiles.scores(self.q, k, place)
         weights = s.sub_(self.lse_high).sub_(self.lse_low).exp_()
-        dp = _unfold(_fold(self.dout) @ v.mT, self.q.shape[2])
+        dp = unfold(fold(self.dout) @ v.mT, self.q.shape[2])
         problem = self.tiles.problem
         if (kept := problem.kept(*place)) is not None:
             dp.mul_(kept).mul_(problem.dropout_scale)
@@ -336,7 +329,7 @@ def _backward_rows(rows: _Rows, dlse: Tensor | None, grad: Problem, safe: bool) 
         if visible is not None:
             weights.masked_fill_(~visible, 0)
             ds.masked_fill_(~visible, 0)
-            seen = None if safe else _fold(visible.expand_as(ds))
+            seen = None if safe else fold(visible.expand_as(ds))
         seen_t = None if seen is None else seen.mT
         if grad.bias is not None:
             slot = tile_of(grad.bias, q0, q1, *block)
@@ -346,8 +339,8 @@ def _backward_rows(rows: _Rows, dlse: Tensor | None, grad: Problem, safe: bool) 
             grad.slopes.sub_((ds * far).sum_to_size(grad.slopes.shape))
         if slope is not None:
             ds.mul_(slope if visible is None else slope.masked_fill_(~visible, 0))
-        ds = _fold(ds).mul_(p.scale)
+        ds = fold(ds).mul_(p.scale)
         k0, k1 = block
-        grad.v[:, :, k0:k1] += contract(_fold(weights).mT, seen_t, _fold(rows.dout))
-        grad.k[:, :, k0:k1] += contract(ds.mT, seen_t, _fold(rows.q))
-        grad.q[..., q0:q1, :] += _unfold(contract(ds, seen, k), group)
+        grad.v[:, :, k0:k1] += contract(fold(weights).mT, seen_t, fold(rows.dout))
+        grad.k[:, :, k0:k1] += contract(ds.mT, seen_t, fold(rows.q))
+        grad.q[..., q0:q1, :] += unfold(contract(ds, seen, k), group)

@@ -29,11 +29,18 @@ class _SeenProduct(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, grad):
         weights, seen, values = ctx.saved_tensors
         return (grad @ values.mT).masked_fill(~seen, 0), None, contract(weights.mT, seen.mT, grad)
+
+    @staticmethod
+    def jvp(ctx, dweights, _, dvalues):
+        weights, seen, values = ctx.saved_tensors
+        by_weights = 0 if dweights is None else contract(dweights, seen, values)
+        return by_weights + (0 if dvalues is None else contract(weights, seen, dvalues))
 
 
 class _SeenScores(torch.autograd.Function):
@@ -48,12 +55,19 @@ class _SeenScores(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, grad):
         q, k, seen = ctx.saved_tensors
         grad = grad.masked_fill(~seen, 0)
         return contract(grad, seen, k), contract(grad.mT, seen.mT, q), None
+
+    @staticmethod
+    def jvp(ctx, dq, dk, _):
+        q, k, seen = ctx.saved_tensors
+        change = (0 if dq is None else dq @ k.mT) + (0 if dk is None else q @ dk.mT)
+        return change.masked_fill(~seen, 0)
 
 
 class _Narrowed(torch.autograd.Function):
@@ -68,11 +82,15 @@ class _Narrowed(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.dtype = inputs[0].dtype
+        ctx.dtype, ctx.narrow = inputs[0].dtype, inputs[1]
 
     @staticmethod
     def backward(ctx, grad):
         return grad.to(ctx.dtype), None
+
+    @staticmethod
+    def jvp(ctx, change, _):
+        return change.to(ctx.narrow)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, return_lse: bool) -> tuple[Tensor, Tensor]:
@@ -186,8 +204,8 @@ def _unfused(
     if lse_dtype is None:
         return out, weights, None
     lse = logits.to(lse_dtype).logsumexp(-1)
-    if p.sinks is not None and visible is not None:
-        lse = lse.where(visible.any(-1), lse.detach())  # of a row that sees no key the sink gets no gradient
+    if visible is not None:
+        lse = lse.where(visible.any(-1), lse.detach())  # a row that sees no key has no derivative
     return out, weights, lse
 
 

@@ -336,24 +336,3 @@ def test_everything_public_is_documented():
     assert {"flash_attention", "scaled_dot_product_attention", "merge_states", "explain", "estimate_memory",
             "use_flash_attention", "available_backends", "build_info", "set_backend", "AttentionConfig",
             "create_attention", "Attention"} <= set(fae.__all__)  # fmt: skip
-
-
-def tangents(**options):
-    """Tangents of out and LSE along q's own direction, by forward mode."""
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 5, 2, 8, dtype=torch.float64) for _ in range(3))
-    return torch.func.jvp(lambda x: fae.flash_attention(x, k, v, **options), (q,), (q,))[1], (q, k, v)
-
-
-@pytest.mark.parametrize("backend", ["auto", "cpu", "portable"])
-@pytest.mark.parametrize("options", [{}, {"return_lse": True}, {"sinks": torch.zeros(2)}], ids=str)
-def test_a_tangent_is_never_lost(backend, options):
-    with pytest.raises(NotImplementedError, match="q has a tangent"):
-        tangents(backend=backend, **options)
-
-
-def test_forward_mode_of_the_standard_backend():
-    got, (q, k, v) = tangents(backend="standard")
-    step = 1e-6
-    ahead, behind = (fae.flash_attention(q * (1 + s), k, v) for s in (step, -step))
-    torch.testing.assert_close(got, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-8)

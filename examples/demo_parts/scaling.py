@@ -27,6 +27,9 @@ TITLES = {"standard": "standard", "torch": "torch SDPA", "ours": "flash_attn_ext
 BUDGET_S = 0.6
 # Unfused attention holds the scores, the masked scores and the probabilities at once.
 STANDARD_COPIES = 3
+# A call that would take longer, going by the length before, is not run: on some processors torch has no fast
+# bfloat16 products.
+PATIENCE_S = 5.0
 # Largest error allowed between the methods, relative to the largest value.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 
@@ -38,6 +41,7 @@ class Point:
     seconds: float | None = None
     extra_bytes: int | None = None
     why: str = ""
+    expected_s: float = 0.0  # by the length before
 
 
 def _attention(method: str) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -48,10 +52,20 @@ def _attention(method: str) -> Callable[[torch.Tensor, torch.Tensor, torch.Tenso
     }[method]
 
 
-def _obstacle(method: str, seq: int, dtype: str) -> str:
+def _expected_s(seq: int, before: tuple[int, Point] | None) -> float:
+    """Seconds of a call, whose cost grows as the square of the length; `before`: a shorter one."""
+    if before is None:
+        return 0.0
+    length, point = before
+    return (point.seconds or point.expected_s) * (seq / length) ** 2
+
+
+def _obstacle(method: str, seq: int, dtype: str, expected_s: float) -> str:
     """Why a method cannot run at a length here; empty when it can."""
     if seq >= OURS_ALONE and method != "ours":
         return "not run"
+    if method != "ours" and expected_s > PATIENCE_S:
+        return f"some {expected_s:.0f} s"
     available = memory.available_bytes()
     needed = STANDARD_COPIES * BATCH * HEADS * seq * seq * getattr(torch, dtype).itemsize
     if method == "standard" and available is not None and needed > 0.8 * available:
@@ -59,12 +73,18 @@ def _obstacle(method: str, seq: int, dtype: str) -> str:
     return ""
 
 
-def measure(seq: int, dtype: str) -> dict[str, Point]:
-    """Time and peak extra memory of each method on the same inputs, after checking that they agree."""
+def measure(seq: int, dtype: str, before: tuple[int, dict[str, Point]] | None = None) -> dict[str, Point]:
+    """Time and peak extra memory of each method on the same inputs, after checking that they agree.
+
+    before: a shorter length and what came out there.
+    """
     generator = torch.Generator().manual_seed(seq)
     shape = (BATCH, HEADS, seq, DIM)
     q, k, v = (torch.randn(shape, generator=generator).to(getattr(torch, dtype)) for _ in range(3))
-    points = {method: Point(why=_obstacle(method, seq, dtype)) for method in METHODS}
+    points = {}
+    for method in METHODS:
+        expected_s = _expected_s(seq, before and (before[0], before[1][method]))
+        points[method] = Point(why=_obstacle(method, seq, dtype, expected_s), expected_s=expected_s)
     runnable = [method for method in METHODS if not points[method].why]
     with torch.no_grad():
         calls = [functools.partial(_attention(method), q, k, v) for method in runnable]
@@ -173,9 +193,11 @@ def run(
         # The cost is about that of the scores, so the bar advances by them.
         task = progress.add_task("", total=sum(seq**2 for seq in lengths) * len(dtypes))
         for dtype in dtypes:
+            before = None
             for seq in lengths:
                 progress.update(task, description=f"{dtype}, length {seq}")
-                measured[dtype][seq] = measure(seq, dtype)
+                measured[dtype][seq] = measure(seq, dtype, before)
+                before = (seq, measured[dtype][seq])
                 progress.advance(task, seq**2)
             progress.console.print(scaling_table(dtype, measured[dtype]))
     console.print("Memory is the peak beyond inputs and outputs, measured in a process of its own per call.")
