@@ -211,6 +211,18 @@ def test_out_would_lose_it():
         fae.flash_attention(forward_ad.make_dual(q, q), k, v, out=torch.empty_like(q))
 
 
+@pytest.mark.parametrize("options", [{}, {"sinks": torch.zeros(2)}], ids=["plain", "extended"])
+def test_compiled_ones_are_refused(options):
+    """Rather than lost."""
+    q, k, v = (torch.randn(1, 4, 2, 8) for _ in range(3))
+
+    def tangent(x):
+        return jvp(lambda y: fae.flash_attention(y, k, v, **options), (x,), (x,))[1]
+
+    with pytest.raises(Exception, match="cannot be compiled"):
+        torch.compile(tangent, backend="eager", fullgraph=True)(q)
+
+
 def test_memory_stays_linear():
     """A tangent does not take the whole of the scores."""
     from harness import LargestResult
