@@ -68,7 +68,7 @@ MUTATIONS = [
     Mutation("split_stages_too_early", SPLIT, FWD, "    if (kSplit) block_barrier();\n", "", "fault"),
     Mutation("ds_read_too_early", KEY_GRAD, KEY, "    block_barrier();\n    constexpr int kRowWarps", "    constexpr int kRowWarps", "fault"),
     Mutation("dk_staged_too_early", KEY_GRAD, KEY, "    block_barrier();\n    store(dk", "    store(dk", "fault"),
-    Mutation("dq_staged_rows_read_too_early", QUERY_GRAD, QUERY, "    warp_barrier();\n    store_rows", "    store_rows", "fault"),
+    Mutation("dq_staged_rows_read_too_early", QUERY_GRAD, QUERY, "    warp_barrier();\n    const RowSource<T> target(params_.call.dq", "    const RowSource<T> target(params_.call.dq", "fault"),
     # Operands of matrix instructions.
     Mutation("a_rows_swapped", FORWARD, FRAG, "row + lane_index() % 16, lane", "row + (lane_index() % 16 ^ 8), lane"),
     Mutation("b_transposed", FORWARD, FRAG, "ldmatrix_x4(reg, Tile", "ldmatrix_x4_transposed(reg, Tile"),
@@ -99,7 +99,7 @@ MUTATIONS = [
     Mutation("delta_added", KEY_GRAD, SCORE_GRAD, "(dp[0][n][2 * half] - d.x)", "(dp[0][n][2 * half] + d.x)", "mismatch"),
     Mutation("delta_added_in_dq", QUERY_GRAD, SCORE_GRAD, "(dp[0][n][e] - stats.delta", "(dp[0][n][e] + stats.delta", "mismatch"),
     Mutation("dk_not_scaled", KEY_GRAD, KEY, "kx * scale, ky * scale", "kx, ky", "mismatch"),
-    Mutation("dq_added_to_other_rows", KEY_GRAD, KEY, "rows_padded + r)", "rows_padded + (r ^ 8))", "mismatch"),
+    Mutation("dq_added_to_other_rows", KEY_GRAD, KEY, "(first + r) * params_.dim_padded", "(first + (r ^ 8)) * params_.dim_padded", "mismatch"),
     Mutation("unseen_rows_without_lse", KEY_GRAD, STATS, "if (lse == -__builtin_inf())", "if (false)"),
     Mutation("query_range_cut_short", KEY_GRAD, KEY, "int(queries.end) * group", "(int(queries.end) - 1) * group", "mismatch"),
     Mutation("first_query_tile_late", KEY_GRAD, KEY, "int(queries.begin) * group / kTileQ * kTileQ", "int(queries.begin) * group / kTileQ * kTileQ + kTileQ", "mismatch"),
