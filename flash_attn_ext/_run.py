@@ -22,9 +22,10 @@ def run(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`out`, or (out, lse). `call`: q, k, v and the options of the operators' family; `own`: what follows
     those in the operators' arguments."""
-    with_tangents = name != "standard" and forward_mode.is_active()
-    if with_tangents and torch.compiler.is_compiling():
+    may_have_tangents = forward_mode.is_active()
+    if may_have_tangents and torch.compiler.is_compiling():
         raise NotImplementedError("a forward-mode derivative (jvp) cannot be compiled; take it in eager mode")
+    with_tangents = may_have_tangents and name != "standard"
     if with_tangents and out is not None:
         forward_mode.check_none(operators.family, call)
     need_lse = return_lse or with_tangents or (needs_grad and name != "standard")

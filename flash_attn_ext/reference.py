@@ -29,18 +29,11 @@ class _SeenProduct(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, grad):
         weights, seen, values = ctx.saved_tensors
         return (grad @ values.mT).masked_fill(~seen, 0), None, contract(weights.mT, seen.mT, grad)
-
-    @staticmethod
-    def jvp(ctx, dweights, _, dvalues):
-        weights, seen, values = ctx.saved_tensors
-        by_weights = 0 if dweights is None else contract(dweights, seen, values)
-        return by_weights + (0 if dvalues is None else contract(weights, seen, dvalues))
 
 
 class _SeenScores(torch.autograd.Function):
@@ -55,19 +48,12 @@ class _SeenScores(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, grad):
         q, k, seen = ctx.saved_tensors
         grad = grad.masked_fill(~seen, 0)
         return contract(grad, seen, k), contract(grad.mT, seen.mT, q), None
-
-    @staticmethod
-    def jvp(ctx, dq, dk, _):
-        q, k, seen = ctx.saved_tensors
-        change = (0 if dq is None else dq @ k.mT) + (0 if dk is None else q @ dk.mT)
-        return change.masked_fill(~seen, 0)
 
 
 class _Narrowed(torch.autograd.Function):
@@ -88,9 +74,48 @@ class _Narrowed(torch.autograd.Function):
     def backward(ctx, grad):
         return grad.to(ctx.dtype), None
 
+
+class _DualSeenProduct(_SeenProduct):
+    """With a forward-mode derivative."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx, dweights, _, dvalues):
+        weights, seen, values = ctx.saved_tensors
+        by_weights = 0 if dweights is None else contract(dweights, seen, values)
+        return by_weights + (0 if dvalues is None else contract(weights, seen, dvalues))
+
+
+class _DualSeenScores(_SeenScores):
+    """With a forward-mode derivative."""
+
+    setup_context = staticmethod(_DualSeenProduct.setup_context)
+
+    @staticmethod
+    def jvp(ctx, dq, dk, _):
+        q, k, seen = ctx.saved_tensors
+        change = (0 if dq is None else dq @ k.mT) + (0 if dk is None else q @ dk.mT)
+        return change.masked_fill(~seen, 0)
+
+
+class _DualNarrowed(_Narrowed):
+    """With a forward-mode derivative."""
+
     @staticmethod
     def jvp(ctx, change, _):
         return change.to(ctx.narrow)
+
+
+_DUALS = {_SeenProduct: _DualSeenProduct, _SeenScores: _DualSeenScores, _Narrowed: _DualNarrowed}
+
+
+def _apply(function: type[torch.autograd.Function], *inputs):
+    """`torch.compile` traces no function that has a jvp."""
+    return (function if torch.compiler.is_compiling() else _DUALS[function]).apply(*inputs)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, return_lse: bool) -> tuple[Tensor, Tensor]:
@@ -175,7 +200,7 @@ def _unfused(
         s = rows @ p.k.mT
     else:
         visible = visible.expand(shape).flatten(2, 3)
-        s = _SeenScores.apply(rows, p.k, visible)
+        s = _apply(_SeenScores, rows, p.k, visible)
     s = s * p.scale
     if p.softcap:
         s = torch.tanh(s / p.softcap) * p.softcap
@@ -186,7 +211,7 @@ def _unfused(
         if p.slopes is not None:
             wide = torch.promote_types(dtype, torch.float32)
             s = s - p.slopes.to(wide) * p.distance(*whole, wide)
-        s = _Narrowed.apply(s, dtype).flatten(2, 3)
+        s = _apply(_Narrowed, s, dtype).flatten(2, 3)
     if visible is not None:
         s = s.masked_fill(~visible, -math.inf)
     logits = s
@@ -200,7 +225,7 @@ def _unfused(
         out = weights @ p.v
     else:
         weights = weights.masked_fill(~visible, 0)  # rows of nothing but -inf are NaN
-        out = _SeenProduct.apply(weights, visible, p.v)
+        out = _apply(_SeenProduct, weights, visible, p.v)
     if lse_dtype is None:
         return out, weights, None
     lse = logits.to(lse_dtype).logsumexp(-1)

@@ -78,8 +78,8 @@ MUTATIONS = [
     Mutation("odd_rows_unswizzled", FORWARD_FP32, SMEM, "uint32_t(swizzle(1) * 16)", "0u"),
     Mutation("low_part_dropped", FORWARD_FP32, FRAG, "      mma_m16n8k8_tf32(d, a.low, b.high);\n", "", "mismatch"),
     # Tails.
-    Mutation("one_row_too_many", FORWARD, GMEM, "inside = r < row_count", "inside = r <= row_count"),
-    Mutation("one_chunk_too_many", FORWARD, GMEM, "&& c < columns;", "&& c <= columns;"),
+    Mutation("one_row_too_many", FORWARD, GMEM, "inside = r < row_count && c < columns;\n      const Smem", "inside = r <= row_count && c < columns;\n      const Smem"),
+    Mutation("one_chunk_too_many", FORWARD, GMEM, "&& c < columns;\n      const Smem", "&& c <= columns;\n      const Smem"),
     Mutation("one_column_too_many", FORWARD, GMEM, "r < row_count && c + e < columns", "r < row_count && c + e <= columns"),
     Mutation("stores_one_row_too_many", FORWARD, GMEM, "if (r >= row_count ||", "if (r > row_count ||", "fault"),
     Mutation("last_keys_taken_for_full", FORWARD, MASK, " && k_end <= kv_length;", ";"),

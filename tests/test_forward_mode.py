@@ -211,7 +211,11 @@ def test_out_would_lose_it():
         fae.flash_attention(forward_ad.make_dual(q, q), k, v, out=torch.empty_like(q))
 
 
-@pytest.mark.parametrize("options", [{}, {"sinks": torch.zeros(2)}], ids=["plain", "extended"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"sinks": torch.zeros(2)}, {"backend": "standard", "causal": True}],
+    ids=["plain", "extended", "standard"],
+)
 def test_compiled_ones_are_refused(options):
     """Rather than lost."""
     q, k, v = (torch.randn(1, 4, 2, 8) for _ in range(3))

@@ -121,6 +121,18 @@ def test_compile_without_grad():
             torch.testing.assert_close(a, b)
 
 
+def test_compile_of_the_standard_backend():
+    torch._dynamo.reset()
+
+    def fn(q, k, v, bias):
+        return fae.flash_attention(q, k, v, causal=True, bias=bias, backend="standard")
+
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    inputs = compiled_inputs(9, 13)
+    for a, b in zip(*(torch.autograd.grad(f(*inputs).sum(), inputs) for f in (fn, compiled)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_compile_of_the_sdpa_function():
     torch._dynamo.reset()
 

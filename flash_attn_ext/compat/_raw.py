@@ -49,7 +49,7 @@ def _operators(
     q: Tensor, v: Tensor, options: Options, deterministic: bool | None
 ) -> tuple[ops.Operators, tuple, tuple]:
     """Those that serve such a call, the options in their form, and what the backend wants to be told."""
-    request = dispatch.Request.of(q, v, False, options.features())
+    request = dispatch.Request.of(q, v, False)
     name = dispatch.resolve("auto", "auto", request)
     if name == "standard":
         raise NotImplementedError("backend 'standard' has no operators below autograd")
