@@ -66,8 +66,7 @@ def instances(head_dims: tuple[int, ...] = tuple(HEAD_DIMS)) -> list[Instance]:
         for type_, (whole, width) in types.items():
             found.append(Instance(source, type_, width, split=True))
             found += [Instance(source, type_, dim) for dim in whole if dim in head_dims]
-            if source == "backward":
-                found.append(Instance("backward_aux", type_))
+            found.append(Instance(f"{source}_aux", type_))
     return [*found, Instance("memory")]
 
 

@@ -35,13 +35,14 @@ class Device(NamedTuple):
     compute_capability: int  # 10 major + minor
     shared_bytes: int  # that a block may have
     l2_bytes: int
+    multiprocessors: int
 
 
 MAX_DIM = 1024
 
 # An A100, for tensors that are on no card: fake and meta ones. The emulator is like the smallest cards.
-A100 = Device(80, 163 << 10, 40 << 20)
-EMULATED = Device(80, 99 << 10, 32 << 20)
+A100 = Device(80, 163 << 10, 40 << 20, 108)
+EMULATED = Device(80, 99 << 10, 32 << 20, 16)
 
 
 class _Query(ctypes.Structure):
@@ -51,12 +52,13 @@ class _Query(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batch", "heads_q", "heads_kv", "seq_q", "seq_kv")),
         *((name, ctypes.c_int64) for name in ("dim", "dim_v")),
         ("dbias_shape", ctypes.c_int64 * 4),
-        *((name, ctypes.c_int64) for name in ("shared_bytes", "l2_bytes")),
+        *((name, ctypes.c_int64) for name in ("shared_bytes", "l2_bytes", "multiprocessors", "num_splits")),
         *((name, ctypes.c_double) for name in ("scale", "softcap")),
         *((name, ctypes.c_int32) for name in ("dtype", "biased", "need_bias_grad", "backward")),
         *((name, ctypes.c_int32) for name in ("deterministic", "fast_fp32")),
         *((name, ctypes.c_int32) for name in ("with_sinks", "need_sink_grad", "with_slopes")),
         *((name, ctypes.c_int32) for name in ("need_slope_grad", "with_dropout", "compute_capability")),
+        ("batch_invariant", ctypes.c_int32),
     )
 
 
@@ -127,7 +129,12 @@ def _is_card(device: torch.device) -> bool:
 @functools.lru_cache(maxsize=64)
 def _card(index: int) -> Device:
     card = torch.cuda.get_device_properties(index)
-    return Device(10 * card.major + card.minor, card.shared_memory_per_block_optin, card.L2_cache_size)
+    return Device(
+        10 * card.major + card.minor,
+        card.shared_memory_per_block_optin,
+        card.L2_cache_size,
+        card.multi_processor_count,
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -158,9 +165,10 @@ def query(
     v: Tensor,
     given: Options,
     device: Device,
-    **options: bool,
+    **options: int,
 ) -> _Query:
-    """The planner's question; `options` are backward, deterministic, fast_fp32 and the gradients needed."""
+    """The planner's question; `options` are backward, deterministic, fast_fp32, num_splits, batch_invariant
+    and the gradients needed."""
     q, k, v = (heads_first(t, given.layout) for t in (q, k, v))
     shape = () if given.bias is None else tuple(given.bias.shape)
     return _Query(
@@ -228,6 +236,8 @@ def explain(
     given: Options,
     deterministic: bool | None,
     backward: bool,
+    num_splits: int,
+    batch_invariant: bool,
 ) -> dict:
     """What of `introspect.Plan` is the kernels' own.
 
@@ -238,7 +248,13 @@ def explain(
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     fast_fp32 = q.dtype == torch.float32 and tf32_is_allowed()
-    options = {"backward": backward, "deterministic": deterministic, "fast_fp32": fast_fp32}
+    options = {
+        "backward": backward,
+        "deterministic": deterministic,
+        "fast_fp32": fast_fp32,
+        "num_splits": num_splits,
+        "batch_invariant": batch_invariant,
+    }
     for name, option in (
         ("need_bias_grad", given.bias),
         ("need_slope_grad", given.alibi_slopes),
@@ -258,6 +274,7 @@ def explain(
         "block_q": main["tile_q"],
         "block_kv": main["tile_kv"],
         "chunks": 1,
+        "splits": plan["num_splits"],
         "tasks": sum(launch["blocks"] for launch in launches),
         "threads": main["threads"],
         "shared_bytes": main["shared_bytes"],

@@ -86,13 +86,14 @@ def own_arguments(
 ) -> tuple:
     """What a backend's operators want to be told beyond the options: their last arguments."""
     blocks = dispatch.blocks(name, config, batch_invariant)
+    advice = (*blocks, config.num_splits or 0, batch_invariant)
     if name == "cpu":
-        advice = (*blocks, config.num_splits or 0, batch_invariant)
         return (False, False, *advice) if any(advice) else ()
     if name in _cuda.BACKENDS:
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
-        return deterministic, dtype == torch.float32 and _cuda.tf32_is_allowed()
+        own = (deterministic, dtype == torch.float32 and _cuda.tf32_is_allowed())
+        return (*own, *advice) if any(advice) else own
     return blocks
 
 

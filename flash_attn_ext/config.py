@@ -37,11 +37,11 @@ class AttentionConfig:
     Tiles and splits are advice: they change speed and the last bits, never the meaning of a
     result. The same advice gives the same bits, for any number of threads. What becomes of it:
 
-    | field | "cpu" | "portable" | "cuda", "standard" |
-    |---|---|---|---|
-    | block_q | in whole register tiles | as given; 1 when `batch_invariant` | not used |
-    | block_kv | in whole register tiles | as given | not used |
-    | num_splits | where few rows (8 at most) meet many keys | not used | not used |
+    | field | "cpu" | "portable" | "cuda" | "standard" |
+    |---|---|---|---|---|
+    | block_q | in whole register tiles | as given; 1 when `batch_invariant` | not used | not used |
+    | block_kv | in whole register tiles | as given | not used | not used |
+    | num_splits | up to 8 rows and many keys | not used | forward, unless `batch_invariant` | not used |
 
     "cpu" counts the rows of all query heads that share a K/V head, and stops at 4096 or a few
     megabytes of workspace per thread. Both take their blocks forward and backward. `explain`

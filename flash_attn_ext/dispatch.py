@@ -173,16 +173,18 @@ def preferred(request: Request) -> tuple[str, list[str]]:
 
 # What of a config's advice a backend takes; the others take none.
 _ADVICE = {"cpu": ("block_q", "block_kv", "num_splits"), "portable": ("block_q", "block_kv")}
+_ADVICE_ON_CUDA = ("num_splits",)
 
 
 def blocks(name: str, config: AttentionConfig, batch_invariant: bool) -> tuple[int, int]:
     """(block_q, block_kv) as backend `name` is advised, 0 being its own choice. Says so, once, where advice
     is given that it does not take."""
     one_query = batch_invariant and name == "portable"  # no product depends on how many there are
+    known = _ADVICE_ON_CUDA if name in _cuda.BACKENDS else _ADVICE.get(name, ())
     taken = {}
     for field in ("block_q", "block_kv", "num_splits"):
         advice = getattr(config, field)
-        taken[field] = field in _ADVICE.get(name, ()) and not (one_query and field == "block_q")
+        taken[field] = field in known and not (one_query and field == "block_q")
         if advice is not None and not taken[field]:
             log_once(logging.WARNING, f"config.{field}: backend {name!r} makes no use of it")
     sizes = (getattr(config, field) if taken[field] else None for field in ("block_q", "block_kv"))

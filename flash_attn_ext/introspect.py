@@ -150,7 +150,7 @@ def explain(
             reasons = dispatch.objections(name, request)
             rejected[name] = reasons or [_why_not(name, chosen, backend, config)]
     if chosen in _cuda.BACKENDS:
-        native |= _cuda.explain(chosen, q, k, v, options, deterministic, backward)
+        native |= _cuda.explain(chosen, q, k, v, options, deterministic, backward, splits, batch_invariant)
     elif chosen != "cpu":
         heads_of = (heads_first(t, options.layout) for t in (q, k))
         native |= _plan_by_torch(chosen, *heads_of, blocks)

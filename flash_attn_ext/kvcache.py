@@ -152,6 +152,10 @@ def _int_of(name: str, value: object) -> int:
     if isinstance(value, Tensor):
         _errors.check_tensor(name, value)
         return 0
-    if isinstance(value, bool) or not (hasattr(value, "__index__") or isinstance(value, torch.SymInt)):
+    if isinstance(value, bool) or not (isinstance(value, _INTEGERS) or hasattr(value, "__index__")):
         raise TypeError(f"{name} must be an int or a Tensor, got {type(value).__name__}")
-    return value if isinstance(value, torch.SymInt) else value.__index__()
+    return value if isinstance(value, _INTEGERS) else value.__index__()
+
+
+# Traced ones cannot be asked whether they have an __index__.
+_INTEGERS = (int, torch.SymInt)

@@ -56,25 +56,6 @@ class _SeenScores(torch.autograd.Function):
         return contract(grad, seen, k), contract(grad.mT, seen.mT, q), None
 
 
-class _Narrowed(torch.autograd.Function):
-    """t.to(dtype), finite where t is: finfo.min of a wider bias is a low score, and only -inf hides."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(t, dtype):
-        limit = torch.finfo(dtype).max
-        return t.clamp(-limit, limit).where(t.isfinite(), t).to(dtype)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.dtype, ctx.narrow = inputs[0].dtype, inputs[1]
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.to(ctx.dtype), None
-
-
 class _DualSeenProduct(_SeenProduct):
     """With a forward-mode derivative."""
 
@@ -102,20 +83,22 @@ class _DualSeenScores(_SeenScores):
         return change.masked_fill(~seen, 0)
 
 
-class _DualNarrowed(_Narrowed):
-    """With a forward-mode derivative."""
-
-    @staticmethod
-    def jvp(ctx, change, _):
-        return change.to(ctx.narrow)
-
-
-_DUALS = {_SeenProduct: _DualSeenProduct, _SeenScores: _DualSeenScores, _Narrowed: _DualNarrowed}
+_DUALS = {_SeenProduct: _DualSeenProduct, _SeenScores: _DualSeenScores}
 
 
 def _apply(function: type[torch.autograd.Function], *inputs):
     """`torch.compile` traces no function that has a jvp."""
     return (function if torch.compiler.is_compiling() else _DUALS[function]).apply(*inputs)
+
+
+def _narrowed(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t.to(dtype), finite where t is, its derivative 1: finfo.min of a wider bias is a low score, and only
+    -inf hides."""
+    limit = torch.finfo(dtype).max
+    value = t.detach()
+    finite = value.isfinite()
+    moving = t.where(finite, 0)
+    return (value.clamp(-limit, limit) + (moving - moving.detach())).where(finite, t).to(dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, return_lse: bool) -> tuple[Tensor, Tensor]:
@@ -211,7 +194,7 @@ def _unfused(
         if p.slopes is not None:
             wide = torch.promote_types(dtype, torch.float32)
             s = s - p.slopes.to(wide) * p.distance(*whole, wide)
-        s = _apply(_Narrowed, s, dtype).flatten(2, 3)
+        s = _narrowed(s, dtype).flatten(2, 3)
     if visible is not None:
         s = s.masked_fill(~visible, -math.inf)
     logits = s

@@ -93,8 +93,8 @@ def _max_seqlen(name: str, value: object) -> int:
         if value.device.type != "cpu" or torch.compiler.is_compiling():
             return -1
         value = int(value)
-    elif not isinstance(value, torch.SymInt):
-        if not hasattr(value, "__index__") or isinstance(value, bool):
+    elif isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
             given = type(value).__name__
             raise TypeError(f"{name} must be an int, a 0-d integer Tensor or None, got {given}")
         value = operator.index(value)

@@ -276,7 +276,7 @@ compat.install()
 compat.install()
 import flash_attn
 from flash_attn import flash_attn_func, flash_attn_with_kvcache
-from flash_attn.flash_attn_interface import _flash_attn_forward, flash_attn_varlen_func
+from flash_attn.flash_attn_interface import _flash_attn_forward, _get_block_size_n, flash_attn_varlen_func
 from flash_attn.bert_padding import pad_input, unpad_input, index_first_axis
 from flash_attn.layers.rotary import apply_rotary_emb
 assert flash_attn_func is compat.flash_attn_func

@@ -106,8 +106,8 @@ class TestChoice:
         ("device", "dtype", "reason"),
         [
             (_cuda.A100, torch.float64, "float64"),
-            (_cuda.Device(75, 64 << 10, 4 << 20), torch.float16, "8.0 or newer, the device has 7.5"),
-            (_cuda.Device(80, 16 << 10, 4 << 20), torch.float16, "16384 bytes of shared memory"),
+            (_cuda.Device(75, 64 << 10, 4 << 20, 40), torch.float16, "8.0 or newer, the device has 7.5"),
+            (_cuda.Device(80, 16 << 10, 4 << 20, 40), torch.float16, "16384 bytes of shared memory"),
         ],
         ids=["float64", "old", "small"],
     )

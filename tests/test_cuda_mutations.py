@@ -55,6 +55,7 @@ MASK, PARAMS = "csrc/core/mask.h", "csrc/cuda/params.h"
 STATS, ROUND, HEAD = (
     f"csrc/cuda/bwd_aux/{name}.h" for name in ("row_stats", "round_query_grad", "head_grad")
 )
+MERGE = "csrc/cuda/fwd_aux/merge_partials.h"
 DROPOUT = "csrc/cuda/tile/dropout.h"
 
 MUTATIONS = [
@@ -114,6 +115,12 @@ MUTATIONS = [
     Mutation("dropout_one_key_on", FORWARD_MOD, DROPOUT, "uint32_t(words.x[i] >= threshold) << i", "uint32_t(words.x[i] >= threshold) << (i + 1) % 4", "mismatch"),
     Mutation("dropout_transposed_wrongly", KEY_GRAD_MOD, DROPOUT, "<< (turn ^ i)", "<< i", "mismatch"),
     Mutation("dropout_not_reused_in_dq", KEY_GRAD_MOD, SCORE_GRAD, "if (dropout.present()) {", "if (false) {", "mismatch"),
+    # Ranges of keys.
+    Mutation("ranges_overlap", FORWARD, FWD, "int64_t(tiles) * (range + 1)", "int64_t(tiles) * (range + 2)", "mismatch"),
+    Mutation("last_key_of_a_range_twice", FORWARD, FWD, "end < key_end_ ? end : key_end_;", "end + 1 < key_end_ ? end + 1 : key_end_;", "mismatch"),
+    Mutation("partials_not_rescaled", FORWARD, MERGE, "merged.out[n] * factors.a", "merged.out[n]", "mismatch"),
+    Mutation("sinks_of_every_range", FORWARD_MOD, FWD, " && work_of_block().range == 0", "", "mismatch"),
+    Mutation("slices_of_partials_overlap", SPLIT, FWD, "to.columns + column_v() + 2 * t", "to.columns + 2 * t"),
     # Sequences of their own lengths, masks of ranges, pages.
     Mutation("sequence_begins_late", FORWARD, SEQUENCE, "first_key = int(s.first_key);", "first_key = int(s.first_key) + 1;"),
     Mutation("sequence_without_end", FORWARD, FWD, "sequence.seq_q * int(p_.group())", "int(p_.packed_rows())"),

@@ -44,11 +44,28 @@ struct VectorRows {
   bool q = false, k = false, v = false, out = false, dout = false, dq = false, dk = false, dv = false;
 };
 
+// Results of a forward pass whose keys are cut into ranges, before they are merged: of each range and packed
+// row a maximum, a sum, and the unnormalised output.
+struct Partials {
+  int count = 1;            // of ranges; 1: results are whole
+  float* max = nullptr;     // (count, rows), of scores as kernels hold them, see ScoreScale
+  float* sum = nullptr;     // (count, rows)
+  float* out = nullptr;     // (count, rows, columns)
+  int64_t rows_padded = 0;  // of a K/V head of the batch
+  int64_t rows = 0;         // of all
+  int64_t columns = 0;
+
+  FAE_HD int64_t at(int range, int64_t unit, int packed_row) const {
+    return range * rows + unit * rows_padded + packed_row;
+  }
+};
+
 struct ForwardParams {
   ForwardCall call;
   BlockOrder order;
   ScoreScale scale;
   VectorRows vector;
+  Partials partials;
   bool fast_fp32 = false;  // one TF32 product instead of three
 };
 

@@ -21,6 +21,12 @@ from ._probabilities import signed_probabilities
 _CONFIG = AttentionConfig()
 
 
+def block_size_n(device, head_dim: int, is_dropout: bool, is_causal: bool) -> int:
+    """Keys of a block of S_dmask; flash_attn's own tests ask. Here all of a row share one scale, so any
+    number serves."""
+    return 64
+
+
 def _options(
     dropout_p: float,
     softmax_scale: float | None,

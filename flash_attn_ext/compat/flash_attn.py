@@ -255,6 +255,9 @@ def flash_attn_with_kvcache(
     return (result[0], result[1].float()) if return_softmax_lse else result
 
 
+_get_block_size_n = _raw.block_size_n
+
+
 def _flash_attn_forward(
     q: Tensor,
     k: Tensor,

@@ -132,6 +132,9 @@ class Pattern:
     positions: Tensor | None = None  # (batch, seq), within the documents
 
 
+# Whether torch.compile looks into the closure of a function that it has seen made: known of these versions,
+# and not so of 2.11.
+_TRACES_CLOSURES = torch.__version__ >= (2, 15)
 _AND = hf.and_masks(hf.causal_mask_function).__code__
 _WINDOW = hf.sliding_window_overlay(1).__code__
 _WINDOW_BOTH = hf.sliding_window_bidirectional_overlay(1).__code__
@@ -159,6 +162,8 @@ def _read(function: Callable, found: dict) -> dict | None:
         return {"causal": False, **found}
     code = getattr(function, "__code__", None)
     if code not in (_AND, _WINDOW, _WINDOW_BOTH, _CHUNK, _PACKED, _REMAPPED):
+        return None
+    if torch.compiler.is_compiling() and not _TRACES_CLOSURES:
         return None
     cells = {
         name: cell.cell_contents for name, cell in zip(code.co_freevars, function.__closure__, strict=True)
@@ -228,7 +233,8 @@ def of_pattern(pattern: Pattern, place: Place, padding: Tensor | None, traced: b
         parts.append(DenseMask(padding[:, None, None, :keys]))
     # With fewer queries than keys implementations differ in what they take None for.
     whole = not pattern.causal or place.seq_q == 1 or place.seq_q == place.seq_kv
-    if whole and keys == place.seq_kv and len(parts) <= aligned * pattern.causal:
+    implied = 1 if aligned and pattern.causal else 0
+    if whole and keys == place.seq_kv and len(parts) <= implied:
         return None
     shape = (place.batch, 1, place.seq_q, place.seq_kv)
     seen = parts[0]

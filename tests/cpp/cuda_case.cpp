@@ -24,6 +24,9 @@ emu::Extent extent_of(const HostTensor& t) {
   return extent;
 }
 
+// As an allocator on a device aligns it.
+struct alignas(256) MemoryBlock { std::byte bytes[256]; };
+
 // What one launch may touch, for as long as this lives.
 class Ranges {
  public:
@@ -96,7 +99,10 @@ void run_planned(Ranges& ranges, Case& c, const ForwardCall& call, size_t lse_by
   if (call.lse.present()) ranges.write(call.lse.data, lse_bytes, "lse");
   const cuda::Plan plan = cuda::plan_forward(call.problem, run.device, run.options);
   require(plan);
-  cuda::forward(call, plan, nullptr);
+  std::vector<MemoryBlock> workspace(plan.workspace_bytes / 256 + 1);
+  Ranges scratch;  // no longer than the workspace
+  scratch.scratch(workspace.data(), plan.workspace_bytes, "workspace");
+  cuda::forward(call, plan, workspace.data(), nullptr);
 }
 
 void run_planned(Ranges& ranges, Case& c, const BackwardCall& call, const EmulatedRun& run) {
@@ -104,8 +110,7 @@ void run_planned(Ranges& ranges, Case& c, const BackwardCall& call, const Emulat
   const cuda::Plan plan =
       cuda::plan_backward(call.problem, run.device, run.options, cuda::more_gradients(call));
   require(plan);
-  struct alignas(256) Block { std::byte bytes[256]; };  // as an allocator on a device aligns
-  std::vector<Block> workspace(plan.workspace_bytes / 256 + 1);
+  std::vector<MemoryBlock> workspace(plan.workspace_bytes / 256 + 1);
   ranges.inputs(c);
   ranges.read(c.out, "out");
   ranges.read(c.dout, "dout");

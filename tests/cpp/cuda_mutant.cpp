@@ -13,6 +13,7 @@
 #include "cuda/bwd_aux/head_grad.h"
 #include "cuda/bwd_aux/round_query_grad.h"
 #include "cuda/bwd_aux/row_stats.h"
+#include "cuda/fwd_aux/merge_partials.h"
 #include "cuda/launch/launch.h"
 #include "cuda/sm80/forward.h"
 #include "cuda/sm80/key_grad.h"
@@ -33,6 +34,10 @@ constexpr DType kType = DTypeOf<FAE_TYPE>::value;
 constexpr bool kBackward = FAE_PASS >= FAE_KEY_GRAD;
 constexpr bool kModified = FAE_KERNELS > 4;
 
+#if FAE_PASS <= FAE_FORWARD_SPLIT
+const AddVariant kMerge(make_variant<MergePartials<FAE_TYPE, kModified>>(Pass::kMergePartials, kType, 0, true,
+                                                                         kModified));
+#endif
 #if FAE_PASS == FAE_FORWARD
 const AddVariant kForward{
     make_variant<sm80::Forward<FAE_TYPE, 64, false, kModified>>(Pass::kForward, kType, 64, false, kModified)};
@@ -140,6 +145,11 @@ std::string wrong_forward(Case& c, const EmulatedRun& run) {
   return text;
 }
 
+std::string wrong_splits(Case& c, EmulatedRun run) {
+  run.options.num_splits = 3;
+  return wrong_forward(c, run);
+}
+
 // The last row's result must have the same bits when it comes alone.
 std::string wrong_bits(Case& c, const EmulatedRun& run) {
   const ForwardResult whole = run_forward(c, run);
@@ -245,6 +255,7 @@ int run_all() {
         text = cuda::kBackward ? wrong_backward(c, run) : wrong_forward(c, run);
         if (text.empty() && computed_again(c)) text = "finite rows were computed again";
         if (text.empty() && FAE_KERNELS == FAE_FORWARD && spec.name == "tails") text = wrong_pages(c, run);
+        if (text.empty() && !cuda::kBackward) text = wrong_splits(c, run);
         if (text.empty() && !cuda::kBackward && spec.batch == 1 && spec.heads_q == 1)
           text = wrong_bits(c, run);
       } catch (const cuda::emu::Fault& fault) {

@@ -246,6 +246,46 @@ TEST(CudaPlan, SinksAndDropoutAreNoPlainScores) {
   EXPECT_TRUE(plan_forward(p, device(kLarge), {}).forward.variant->modified);
 }
 
+// Two blocks for each multiprocessor, of enough keys each.
+TEST(CudaPlan, SplitsFillTheCard) {
+  Problem p = problem(DType::kBFloat16, 128);
+  p.seq_q = 1;
+  Device d = device(kLarge);
+  d.multiprocessors = 132;
+  const auto splits = [&](int64_t seq_kv, int64_t asked = 0, bool batch_invariant = false) {
+    p.seq_kv = seq_kv;
+    Options options;
+    options.num_splits = asked;
+    options.batch_invariant = batch_invariant;
+    return plan_forward(p, d, options).num_splits;
+  };
+  EXPECT_EQ(splits(65536), 66);  // of four heads
+  EXPECT_EQ(splits(4096), 16);
+  EXPECT_EQ(splits(500), 1);
+  EXPECT_EQ(splits(0), 1);
+  EXPECT_EQ(splits(65536, 9), 9);
+  EXPECT_EQ(splits(65536, 1000), 128);
+  EXPECT_EQ(splits(70, 1000), 3);  // tiles of 32 keys
+  EXPECT_EQ(splits(65536, 9, true), 1);
+  EXPECT_EQ(splits(65536, 0, true), 1);
+  p.batch = 100;
+  EXPECT_EQ(splits(65536), 1);
+  p.batch = int64_t(1) << 29;
+  EXPECT_EQ(splits(65536, 100), 1);
+}
+
+TEST(CudaPlan, PartialResultsHaveTheirPlace) {
+  Problem p = problem(DType::kFloat16, 300);
+  p.dim_v = 260;
+  p.seq_q = 50;  // 150 packed rows
+  Options options;
+  options.num_splits = 2;
+  const Plan plan = plan_forward(p, device(kLarge), options);
+  EXPECT_EQ(plan.forward.blocks, 2 * 4 * 2 * 3);  // ranges, heads, tiles, slices of 128 columns
+  EXPECT_EQ(plan.merge_partials.blocks, 4 * 38);  // heads, four rows each
+  EXPECT_EQ(plan.workspace_bytes, size_t(2 * 4 * 256 * (3 * 128 + 2)) * sizeof(float));
+}
+
 TEST(CudaPlan, BiasGradientByItsShape) {
   Problem p = problem(DType::kFloat16, 64);
   char bias;

@@ -28,6 +28,7 @@ Device ask(int index) {
       10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
   device.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   device.l2_bytes = attribute(cudaDevAttrL2CacheSize);
+  device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
   return device;
 }
 

@@ -50,14 +50,15 @@ std::string text_of(const Plan& plan) {
   for (const std::string& objection : plan.objections) {
     objections += (objections.empty() ? "" : ", ") + quoted(objection);
   }
-  for (const Launch* launch : {&plan.forward, &plan.row_stats, &plan.key_grad, &plan.query_grad,
-                               &plan.round_query_grad, &plan.bias_grad, &plan.head_grad}) {
+  for (const Launch* launch : {&plan.forward, &plan.merge_partials, &plan.row_stats, &plan.key_grad,
+                               &plan.query_grad, &plan.round_query_grad, &plan.bias_grad, &plan.head_grad}) {
     if (!launch->variant) continue;
     launches += (launches.empty() ? "{" : ", {") + fields_of(*launch->variant) + ", " +
                 number("blocks", launch->blocks) + "}";
   }
   return "{" + quoted("objections") + ": [" + objections + "], " + quoted("launches") + ": [" + launches +
-         "], " + number("workspace_bytes", int64_t(plan.workspace_bytes)) + "}";
+         "], " + number("num_splits", plan.num_splits) + ", " +
+         number("workspace_bytes", int64_t(plan.workspace_bytes)) + "}";
 }
 
 int64_t hand_out(const std::string& from, char* text, int64_t size) {
@@ -71,8 +72,10 @@ int64_t hand_out(const std::string& from, char* text, int64_t size) {
 int64_t fae_cuda_plan(const FaeCudaQuery* query, char* text, int64_t size) {
   using namespace fae::cuda;
   const fae::Problem problem = problem_of(*query);
-  const Device device{query->compute_capability, query->shared_bytes, query->l2_bytes};
-  const Options options{query->deterministic != 0, query->fast_fp32 != 0};
+  const Device device{query->compute_capability, query->shared_bytes, query->l2_bytes,
+                      query->multiprocessors};
+  const Options options{query->deterministic != 0, query->fast_fp32 != 0, query->num_splits,
+                        query->batch_invariant != 0};
   const MoreGradients more{query->need_bias_grad ? query->dbias_shape : nullptr, query->need_sink_grad != 0,
                            query->need_slope_grad != 0};
   return hand_out(text_of(query->backward ? plan_backward(problem, device, options, more)

@@ -50,6 +50,36 @@ void set_grid(Launch* launch, const Problem& p, const Device& device, int64_t co
   launch->blocks = launch->order.blocks();
 }
 
+// Ranges that keys are cut into where rows alone would leave the card idle: two blocks for a multiprocessor,
+// as one waits for memory while the other computes.
+int64_t choose_splits(const Problem& p, const Device& device, const Plan& plan) {
+  constexpr int64_t kLeastKeys = 256, kMostSplits = 128;
+  const int64_t blocks = plan.forward.blocks;
+  if (plan.options.batch_invariant || blocks == 0) return 1;
+  const bool asked = plan.options.num_splits > 0;
+  const int64_t wanted = asked ? plan.options.num_splits : 2 * device.multiprocessors / blocks;
+  const int64_t pieces = asked ? ceil_div(p.seq_kv, plan.forward.variant->tile_kv) : p.seq_kv / kLeastKeys;
+  const int64_t most = std::min({pieces, kMostSplits, std::numeric_limits<int>::max() / blocks});
+  return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(most, 1));
+}
+
+void split_keys(Plan* plan, const Problem& p, const Device& device) {
+  plan->num_splits = choose_splits(p, device, *plan);
+  if (plan->num_splits == 1) return;
+  choose(plan, &plan->merge_partials, Pass::kMergePartials, p, is_modified(p), device);
+  if (!plan->objections.empty()) return;
+  const Variant& v = *plan->forward.variant;
+  const int64_t slices = v.split ? ceil_div(p.dim_v, v.dim) : 1;
+  plan->forward.order.units *= plan->num_splits;
+  plan->forward.blocks = plan->forward.order.blocks();
+  plan->rows_padded = round_up(p.packed_rows(), v.tile_q);
+  plan->stats_rows = p.batch * p.heads_kv * plan->rows_padded;
+  plan->dim_padded = slices * v.dim;
+  plan->workspace_bytes =
+      size_t(plan->num_splits * plan->stats_rows * (plan->dim_padded + 2)) * sizeof(float);
+  set_grid(&plan->merge_partials, p, device, p.packed_rows(), plan->merge_partials.variant->tile_q, 0, false);
+}
+
 Plan begin(const Problem& p, const Device& device, const Options& options) {
   Plan plan;
   plan.options = options;
@@ -68,8 +98,9 @@ Plan begin(const Problem& p, const Device& device, const Options& options) {
 }
 
 void check_grids(Plan* plan) {
-  for (const Launch* launch : {&plan->forward, &plan->row_stats, &plan->key_grad, &plan->query_grad,
-                               &plan->round_query_grad, &plan->bias_grad, &plan->head_grad}) {
+  for (const Launch* launch :
+       {&plan->forward, &plan->merge_partials, &plan->row_stats, &plan->key_grad, &plan->query_grad,
+        &plan->round_query_grad, &plan->bias_grad, &plan->head_grad}) {
     if (launch->blocks > std::numeric_limits<int>::max()) {
       plan->objections.push_back("the grid would have more than 2^31 blocks");
       return;
@@ -86,6 +117,7 @@ Plan plan_forward(const Problem& p, const Device& device, const Options& options
   if (!plan.objections.empty()) return plan;
   // Bottom rows see the most keys under a causal mask, so they go first.
   set_grid(&plan.forward, p, device, p.packed_rows(), plan.forward.variant->tile_q, p.dim_v, true);
+  split_keys(&plan, p, device);
   check_grids(&plan);
   return plan;
 }

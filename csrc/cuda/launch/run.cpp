@@ -71,7 +71,7 @@ void update_cache(const Problem& p, const CacheUpdate& update, Stream stream) {
   if (update.turned.present()) launch(true, p.batch * p.seq_q * p.heads_q);
 }
 
-void forward(const ForwardCall& call, const Plan& plan, Stream stream) {
+void forward(const ForwardCall& call, const Plan& plan, void* workspace, Stream stream) {
   const Problem& p = call.problem;
   ForwardParams params;
   params.call = call;
@@ -83,7 +83,20 @@ void forward(const ForwardCall& call, const Plan& plan, Stream stream) {
   params.vector.v = has_vector_rows(p.v, p.dim_v, p.dtype);
   params.vector.out = has_vector_rows(call.out, p.dim_v, p.dtype);
   params.fast_fp32 = plan.options.fast_fp32;
+  if (plan.merge_partials.variant) {
+    Partials& to = params.partials;
+    to.count = int(plan.num_splits);
+    to.rows_padded = plan.rows_padded;
+    to.rows = plan.stats_rows;
+    to.columns = plan.dim_padded;
+    const int64_t rows = to.count * to.rows;
+    to.out = static_cast<float*>(workspace);
+    to.max = to.out + rows * to.columns;
+    to.sum = to.max + rows;
+  }
   run(plan.forward, &params, stream);
+  params.order = plan.merge_partials.order;
+  run(plan.merge_partials, &params, stream);
   if (!p.packing.present()) return;
   ClearTailParams tails;
   add_tail(&tails, p, call.out, p.heads_q, p.dim_v, p.dtype, false);

@@ -14,6 +14,7 @@ std::vector<Variant>& table() {
 const char* name_of(Pass pass) {
   switch (pass) {
     case Pass::kForward: return "forward";
+    case Pass::kMergePartials: return "merge_partials";
     case Pass::kRowStats: return "row_stats";
     case Pass::kKeyGrad: return "key_grad";
     case Pass::kQueryGrad: return "query_grad";

@@ -13,9 +13,10 @@ using Stream = void*;
 
 enum class Pass : uint8_t {
   kForward,
-  kRowStats,   // delta and log-sum-exp per row, before the others of the backward pass
-  kKeyGrad,    // dK and dV, and with atomics dQ
-  kQueryGrad,  // dQ without atomics
+  kMergePartials,  // of a forward pass over ranges of keys
+  kRowStats,       // delta and log-sum-exp per row, before the others of the backward pass
+  kKeyGrad,        // dK and dV, and with atomics dQ
+  kQueryGrad,      // dQ without atomics
   kRoundQueryGrad,
   kBiasGrad,
   kHeadGrad,  // of sinks and slopes

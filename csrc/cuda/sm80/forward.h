@@ -48,15 +48,13 @@ class Forward {
         p_(params.call.problem),
         smem_(shared_memory()),
         sequence_(smem_ + (kSharedBytes - SharedSequence<T>::kBytes)) {
-    const BlockOrder::Place place = params.order.place(block_index());
-    const int slices = kSplit ? int((p_.dim_v + kDim - 1) / kDim) : 1;
-    const int64_t unit = place.unit / slices;
-    slice_ = int(place.unit % slices);
-    const BlockSequence sequence(p_, unit / p_.heads_kv);
+    const Work work = work_of_block();
+    slice_ = work.slice;
+    const BlockSequence sequence(p_, work.unit / p_.heads_kv);
     batch_ = sequence.batch;
     kv_length_ = sequence.kv_length;
-    head_kv_ = int(unit % p_.heads_kv);
-    row_begin_ = int(place.tile * kTileQ);
+    head_kv_ = int(work.unit % p_.heads_kv);
+    row_begin_ = work.tile * kTileQ;
     const int left = sequence.seq_q * int(p_.group()) - row_begin_;
     row_count_ = left < kTileQ ? left : kTileQ;
     if (row_count_ <= 0) return;  // past the end of its sequence
@@ -72,6 +70,29 @@ class Forward {
     // Tiles of keys begin at multiples of kTileKV whatever the rows are: a row's result does
     // not depend on which rows share its block.
     load_key_ = int(keys.begin) / kTileKV * kTileKV;
+    if (params.partials.count > 1) take_range(work.range, params.partials.count);
+  }
+
+  // What a block works on: a tile of rows of a K/V head of the batch, a slice of its columns, and a range of
+  // its keys.
+  struct Work {
+    int64_t unit;
+    int tile, slice, range;
+  };
+  FAE_DEVICE Work work_of_block() const {
+    const BlockOrder::Place place = params_.order.place(block_index());
+    const int ranges = params_.partials.count, slices = kSplit ? int((p_.dim_v + kDim - 1) / kDim) : 1;
+    const int64_t unit = place.unit / ranges;
+    return {unit / slices, int(place.tile), int(unit % slices), int(place.unit % ranges)};
+  }
+
+  // Of the keys, one of `ranges` ranges of whole tiles.
+  FAE_DEVICE void take_range(int range, int ranges) {
+    const int tiles = (key_end_ - load_key_ + kTileKV - 1) / kTileKV;
+    const int begin = load_key_ + int(int64_t(tiles) * range / ranges) * kTileKV;
+    const int end = load_key_ + int(int64_t(tiles) * (range + 1) / ranges) * kTileKV;
+    load_key_ = begin;
+    key_end_ = end < key_end_ ? end : key_end_;
   }
 
   FAE_DEVICE int head_q() const { return head_kv_ * int(p_.group()); }
@@ -108,7 +129,7 @@ class Forward {
     clear(out);
     OnlineSoftmax<kM> softmax;
     if constexpr (kModified) {
-      if (p_.score.sinks.present()) begin_with_sinks(softmax, row);
+      if (p_.score.sinks.present() && work_of_block().range == 0) begin_with_sinks(softmax, row);
     }
     const int first_key = load_key_;
     constexpr FragC(*no_slope)[kTileKV / 8] = nullptr;
@@ -155,7 +176,8 @@ class Forward {
     }
     copy_async_wait<0>();
     softmax.finish();
-    store(out, softmax, row);
+    if (params_.partials.count > 1) store_partial(out, softmax, row);
+    else store(out, softmax, row);
   }
 
   FAE_DEVICE void begin_with_sinks(OnlineSoftmax<kM>& softmax, int row) const {
@@ -197,8 +219,7 @@ class Forward {
         }
         const bool exact = repair(staging, row + 16 * m + 8 * half, warp_ballot(probe != 0));
         if (t == 0 && !exact && slice_ == 0 && r < row_count_) {
-          const double max = softmax.max[m][half];
-          store_lse(r, sum == 0 ? double(kHidden) : max * double(params_.scale.natural) + log(double(sum)));
+          store_lse_of(r, row_lse(softmax.max[m][half], sum, params_.scale));
         }
       }
     }
@@ -219,19 +240,40 @@ class Forward {
       if (r >= row_count_) continue;
       const double lse = exact_output_row<T, kModified, kDim>(params_, batch_, head_kv_, row_begin_ + r,
                                                               column_v(), staging, r);
-      if (lane_index() == 0 && slice_ == 0) store_lse(r, lse);
+      if (lane_index() == 0 && slice_ == 0) store_lse_of(r, lse);
     }
     return mine;
   }
 
-  FAE_DEVICE void store_lse(int r, double lse) const {
-    const RowValues<void>& to = params_.call.lse;
-    if (!to.present()) return;
-    const int64_t at = to.index(batch_, head_q() + rows_.head(r), sequence_.first_query() + rows_.query(r));
-    if constexpr (lse_dtype(DTypeOf<T>::value) == DType::kFloat64) {
-      store_global(static_cast<double*>(to.data) + at, lse);
-    } else {
-      store_global(static_cast<float*>(to.data) + at, float(lse));
+  FAE_DEVICE void store_lse_of(int r, double lse) const {
+    store_lse<T>(params_.call.lse, batch_, head_q() + rows_.head(r), sequence_.first_query() + rows_.query(r),
+                 lse);
+  }
+
+  // Of a range of keys, as it is: see MergePartials.
+  FAE_DEVICE void store_partial(const FragC (&out)[kM][kDim / 8], const OnlineSoftmax<kM>& softmax,
+                                int row) const {
+    const Partials& to = params_.partials;
+    const Work work = work_of_block();
+    const int g = lane_index() / 4, t = lane_index() % 4;
+    FAE_UNROLL
+    for (int m = 0; m < kM; ++m) {
+      FAE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int r = row + 16 * m + 8 * half + g;
+        if (r >= row_count_) continue;
+        const int64_t at = to.at(work.range, work.unit, row_begin_ + r);
+        if (t == 0 && slice_ == 0) {
+          store_global(to.max + at, softmax.max[m][half]);
+          store_global(to.sum + at, softmax.sum[m][half]);
+        }
+        float* const target = to.out + at * to.columns + column_v() + 2 * t;
+        FAE_UNROLL
+        for (int n = 0; n < kDim / 8; ++n) {
+          const FloatPair pair{out[m][n][2 * half], out[m][n][2 * half + 1]};
+          store_global(reinterpret_cast<FloatPair*>(target + 8 * n), pair);
+        }
+      }
     }
   }
 

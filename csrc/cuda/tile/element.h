@@ -1,10 +1,12 @@
 // Single numbers in global memory, of a dtype known at run time.
 #pragma once
 
-#include "core/score_mod.h"
+#include "core/problem.h"
 #include "cuda/prim/global.h"
 
 namespace fae::cuda {
+
+struct alignas(8) FloatPair { float x, y; };
 
 // A number of any dtype in fp32. A finite value stays finite: of a bias, only -inf hides.
 FAE_DEVICE float load_as_float(const void* data, DType dtype, int64_t index) {
@@ -31,6 +33,13 @@ FAE_DEVICE void store_as(void* data, DType dtype, int64_t index, double x) {
     case DType::kFloat32: store_global(static_cast<float*>(data) + index, float(x)); break;
     default: store_global(static_cast<double*>(data) + index, x); break;
   }
+}
+
+// The log-sum-exp of query i of a head, in the width that goes with element type T.
+template <class T>
+FAE_DEVICE void store_lse(const RowValues<void>& to, int batch, int head, int i, double lse) {
+  if (!to.present()) return;
+  store_as(to.data, lse_dtype(DTypeOf<T>::value), to.index(batch, head, i), lse);
 }
 
 }  // namespace fae::cuda

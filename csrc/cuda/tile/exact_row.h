@@ -146,7 +146,7 @@ FAE_DEVICE_COLD double exact_output_row(const ForwardParams& params, int batch, 
   warp_barrier();
   const float kept = kModified ? float(p.dropout.keep_scale) : 1.0f;
   out.template store<T>(tile, r, sum == 0 ? 0.0f : kept / sum);
-  return sum == 0 ? double(kHidden) : double(max) * double(params.scale.natural) + log(double(sum));
+  return row_lse(max, sum, params.scale);
 }
 
 // P, as far as dropout leaves it, and dS of one visible pair in the backward pass; dS is taken before scale

@@ -149,6 +149,36 @@ FAE_DEVICE KeyRange trim(KeyRange range, bool exactly, Seen&& seen) {
   return range;
 }
 
+// Of a range along one axis of a mask of blocks (2: queries, 3: keys), from the first to the last that sees,
+// in some head of a group, one of [begin, end) along the other axis. For a block.
+template <int kThreads>
+FAE_DEVICE KeyRange trim_by_blocks(const Problem& p, int batch, int head_kv, int begin, int end, int axis,
+                                   KeyRange range) {
+  const BoolMask& mask = p.masking.mask;
+  if (!mask.present() || mask.dense() || range.empty() || begin >= end) return range;
+  const int other = axis == 2 ? 3 : 2;
+  const unsigned size = unsigned(axis == 2 ? mask.block_q : mask.block_kv);
+  const unsigned other_size = unsigned(axis == 2 ? mask.block_kv : mask.block_q);
+  const int heads = mask.stride[1] == 0 ? 1 : int(p.group());
+  const int first_other = int(unsigned(begin) / other_size), last_other = int(unsigned(end - 1) / other_size);
+  const auto any_seen = [&](int n) {
+    FAE_NO_UNROLL
+    for (int m = first_other; m <= last_other; ++m) {
+      FAE_NO_UNROLL
+      for (int h = 0; h < heads; ++h) {
+        const int64_t at =
+            mask.offset(batch, head_kv * p.group() + h, 0) + n * mask.stride[axis] + m * mask.stride[other];
+        if (load_global(static_cast<const uint8_t*>(mask.data) + at)) return true;
+      }
+    }
+    return false;
+  };
+  const KeyRange blocks =
+      trim<kThreads>({unsigned(range.begin) / size, unsigned(range.end - 1) / size + 1}, true, any_seen);
+  const int64_t first = blocks.begin * size, last = blocks.end * size;
+  return {first > range.begin ? first : range.begin, last < range.end ? last : range.end};
+}
+
 // Of a range of keys, from the first to the last that queries [begin, end) of some head of a group see by
 // intervals and blocks. For a block, before its loop: what lies outside is neither loaded nor looked at.
 template <int kThreads>
@@ -162,25 +192,7 @@ FAE_DEVICE_COLD KeyRange trim_keys(const Problem& p, int batch, int head_kv, int
       return load_bound(x, m, batch, j, 0) <= range.highest && range.lowest < load_bound(x, m, batch, j, 1);
     });
   }
-  const BoolMask& mask = p.masking.mask;
-  if (!mask.present() || mask.dense() || keys.empty() || begin >= end) return keys;
-  const int heads = mask.stride[1] == 0 ? 1 : int(p.group());
-  const unsigned block_q = unsigned(mask.block_q), block_kv = unsigned(mask.block_kv);
-  const int first_row = int(unsigned(begin) / block_q), last_row = int(unsigned(end - 1) / block_q);
-  const KeyRange blocks = trim<kThreads>(
-      {unsigned(keys.begin) / block_kv, unsigned(keys.end - 1) / block_kv + 1}, true, [&](int n) {
-        FAE_NO_UNROLL
-        for (int r = first_row; r <= last_row; ++r) {
-          FAE_NO_UNROLL
-          for (int h = 0; h < heads; ++h) {
-            const int64_t at = mask.offset(batch, head_kv * p.group() + h, r) + n * mask.stride[3];
-            if (load_global(static_cast<const uint8_t*>(mask.data) + at)) return true;
-          }
-        }
-        return false;
-      });
-  const int64_t first = blocks.begin * mask.block_kv, last = blocks.end * mask.block_kv;
-  return {first > keys.begin ? first : keys.begin, last < keys.end ? last : keys.end};
+  return trim_by_blocks<kThreads>(p, batch, head_kv, begin, end, 3, keys);
 }
 
 // The transpose: of a range of queries, from the first to the last that sees one of keys [begin, end).
@@ -204,25 +216,7 @@ FAE_DEVICE_COLD KeyRange trim_queries(const Problem& p, int batch, int head_kv, 
       return low <= label && label < high;
     });
   }
-  const BoolMask& mask = p.masking.mask;
-  if (!mask.present() || mask.dense() || queries.empty() || begin >= end) return queries;
-  const int heads = mask.stride[1] == 0 ? 1 : int(p.group());
-  const unsigned block_q = unsigned(mask.block_q), block_kv = unsigned(mask.block_kv);
-  const int first_column = int(unsigned(begin) / block_kv), last_column = int(unsigned(end - 1) / block_kv);
-  const KeyRange blocks = trim<kThreads>(
-      {unsigned(queries.begin) / block_q, unsigned(queries.end - 1) / block_q + 1}, true, [&](int n) {
-        FAE_NO_UNROLL
-        for (int c = first_column; c <= last_column; ++c) {
-          FAE_NO_UNROLL
-          for (int h = 0; h < heads; ++h) {
-            const int64_t at = mask.offset(batch, head_kv * p.group() + h, n) + c * mask.stride[3];
-            if (load_global(static_cast<const uint8_t*>(mask.data) + at)) return true;
-          }
-        }
-        return false;
-      });
-  const int64_t first = blocks.begin * mask.block_q, last = blocks.end * mask.block_q;
-  return {first > queries.begin ? first : queries.begin, last < queries.end ? last : queries.end};
+  return trim_by_blocks<kThreads>(p, batch, head_kv, begin, end, 2, queries);
 }
 
 }  // namespace fae::cuda

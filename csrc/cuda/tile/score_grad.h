@@ -11,8 +11,6 @@ FAE_DEVICE float probability(float s, float natural, float lse, float lse_low) {
   return exp2_fast((__builtin_fmaf(s, natural, -lse) - lse_low) * kLog2E);
 }
 
-struct alignas(8) FloatPair { float x, y; };
-
 // Whether lse in fp32 is too coarse for the kernels of T and its lse_low counts: always in fp32, and
 // for rows far from 0, which in 16 bits a bias makes (a row at finfo.min).
 template <class T, bool kModified>

@@ -28,6 +28,11 @@ FAE_DEVICE float warp_sum(float x) {
   return x;
 }
 
+// The log-sum-exp of a row, from the maximum of its scores as kernels hold them and its sum.
+FAE_DEVICE double row_lse(float max, float sum, const ScoreScale& scale) {
+  return sum == 0 ? double(kHidden) : double(max) * double(scale.natural) + log(double(sum));
+}
+
 // State of the rows lane / 4 + 8 half + 16 m of a warp.
 template <int kM>
 struct OnlineSoftmax {
