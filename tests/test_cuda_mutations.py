@@ -119,7 +119,7 @@ MUTATIONS = [
     Mutation("ranges_overlap", FORWARD, FWD, "int64_t(tiles) * (range + 1)", "int64_t(tiles) * (range + 2)", "mismatch"),
     Mutation("last_key_of_a_range_twice", FORWARD, FWD, "end < key_end_ ? end : key_end_;", "end + 1 < key_end_ ? end + 1 : key_end_;", "mismatch"),
     Mutation("partials_not_rescaled", FORWARD, MERGE, "merged.out[n] * factors.a", "merged.out[n]", "mismatch"),
-    Mutation("sinks_of_every_range", FORWARD_MOD, FWD, " && work_of_block().range == 0", "", "mismatch"),
+    Mutation("sinks_of_every_range", FORWARD_MOD, FWD, " && work_of(opaque(int(block_index()))).range == 0", "", "mismatch"),
     Mutation("slices_of_partials_overlap", SPLIT, FWD, "to.columns + column_v() + 2 * t", "to.columns + 2 * t"),
     # Sequences of their own lengths, masks of ranges, pages.
     Mutation("sequence_begins_late", FORWARD, SEQUENCE, "first_key = int(s.first_key);", "first_key = int(s.first_key) + 1;"),

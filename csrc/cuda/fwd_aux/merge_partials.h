@@ -37,14 +37,14 @@ class MergePartials {
     T* const target = static_cast<T*>(out.data) + out.offset(batch, head, query);
     for (int column = 0; column < p.dim_v; column += kCols) {
       Merged merged = merge_row(params, place.unit, row, column);
-      const float divisor = merged.state.sum == 0 ? 1.0f : merged.state.sum / float(p.dropout.keep_scale);
+      const float factor = result_factor<kModified>(p.dropout, merged.state.sum);
       bool finite = is_finite(merged.state.sum);
       FAE_UNROLL
       for (int n = 0; n < kColsOfLane; ++n) {
-        merged.out[n] /= divisor;
+        merged.out[n] *= factor;
         finite &= is_finite(merged.out[n]);
       }
-      double lse = row_lse(merged.state.max, merged.state.sum, params.scale);
+      double lse = row_lse<T>(merged.state.max, merged.state.sum, params.scale);
       const bool exact = warp_ballot(!finite) != 0;
       const Staging staging{shared_memory()};
       if (exact) {

@@ -9,7 +9,7 @@
 namespace fae::cuda::sm80 {
 
 // Forward: kTileQ packed query rows against kTileKV keys at a time. kSplit: head dims
-// beyond the largest bucket, kDim columns at a time; Q then streams with K.
+// beyond the largest bucket, kDim columns at a time; Q then streams with K. kM: kModified.
 template <int kTileQ_, int kTileKV_, int kWarps_, int kSlots_>
 struct ForwardTile {
   static constexpr int kTileQ = kTileQ_;
@@ -18,15 +18,16 @@ struct ForwardTile {
   static constexpr int kSlots = kSlots_;
 };
 
-template <class T, int kDim, bool kSplit> struct ForwardConfig;  // 16-bit types by default
-template <class T> struct ForwardConfig<T, 64, false> : ForwardTile<128, 64, 4, 4> {};
-template <class T> struct ForwardConfig<T, 96, false> : ForwardTile<128, 32, 4, 4> {};
-template <class T> struct ForwardConfig<T, 128, false> : ForwardTile<128, 32, 4, 4> {};
-template <class T> struct ForwardConfig<T, 256, false> : ForwardTile<128, 32, 8, 2> {};
-template <class T> struct ForwardConfig<T, 128, true> : ForwardTile<128, 32, 4, 2> {};
-template <> struct ForwardConfig<float, 64, false> : ForwardTile<64, 64, 4, 3> {};
-template <> struct ForwardConfig<float, 128, false> : ForwardTile<64, 32, 4, 3> {};
-template <> struct ForwardConfig<float, 64, true> : ForwardTile<64, 64, 4, 2> {};
+template <class T, int kDim, bool kSplit, bool kModified> struct ForwardConfig;  // 16-bit types by default
+template <class T, bool kM> struct ForwardConfig<T, 64, false, kM> : ForwardTile<128, 64, 4, 4> {};
+template <class T, bool kM> struct ForwardConfig<T, 96, false, kM> : ForwardTile<128, 32, 4, 4> {};
+template <class T, bool kM> struct ForwardConfig<T, 128, false, kM> : ForwardTile<128, 32, 4, 4> {};
+template <class T, bool kM> struct ForwardConfig<T, 256, false, kM> : ForwardTile<128, 32, 8, 2> {};
+template <class T> struct ForwardConfig<T, 128, true, false> : ForwardTile<128, 32, 4, 2> {};
+template <class T> struct ForwardConfig<T, 128, true, true> : ForwardTile<64, 32, 4, 2> {};
+template <bool kM> struct ForwardConfig<float, 64, false, kM> : ForwardTile<64, 64, 4, 3> {};
+template <bool kM> struct ForwardConfig<float, 128, false, kM> : ForwardTile<64, 32, 4, 3> {};
+template <bool kM> struct ForwardConfig<float, 64, true, kM> : ForwardTile<64, 64, 4, 2> {};
 
 // Gradients of keys and values: a block keeps kTileKV keys, 16 a warp, and goes over packed
 // query rows kTileQ at a time. Their sums fill the registers.

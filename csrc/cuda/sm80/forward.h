@@ -17,7 +17,7 @@ namespace fae::cuda::sm80 {
 // slices of kDim, and the block makes one slice of the output. kModified: not plain scores.
 template <class T, int kDim, bool kSplit, bool kModified>
 class Forward {
-  using Config = ForwardConfig<T, kDim, kSplit>;
+  using Config = ForwardConfig<T, kDim, kSplit, kModified>;
 
  public:
   using Params = ForwardParams;
@@ -48,7 +48,7 @@ class Forward {
         p_(params.call.problem),
         smem_(shared_memory()),
         sequence_(smem_ + (kSharedBytes - SharedSequence<T>::kBytes)) {
-    const Work work = work_of_block();
+    const Work work = work_of(int(block_index()));
     slice_ = work.slice;
     const BlockSequence sequence(p_, work.unit / p_.heads_kv);
     batch_ = sequence.batch;
@@ -79,8 +79,8 @@ class Forward {
     int64_t unit;
     int tile, slice, range;
   };
-  FAE_DEVICE Work work_of_block() const {
-    const BlockOrder::Place place = params_.order.place(block_index());
+  FAE_DEVICE Work work_of(int block) const {
+    const BlockOrder::Place place = params_.order.place(block);
     const int ranges = params_.partials.count, slices = kSplit ? int((p_.dim_v + kDim - 1) / kDim) : 1;
     const int64_t unit = place.unit / ranges;
     return {unit / slices, int(place.tile), int(unit % slices), int(place.unit % ranges)};
@@ -129,7 +129,8 @@ class Forward {
     clear(out);
     OnlineSoftmax<kM> softmax;
     if constexpr (kModified) {
-      if (p_.score.sinks.present() && work_of_block().range == 0) begin_with_sinks(softmax, row);
+      if (p_.score.sinks.present() && work_of(opaque(int(block_index()))).range == 0)
+        begin_with_sinks(softmax, row);
     }
     const int first_key = load_key_;
     constexpr FragC(*no_slope)[kTileKV / 8] = nullptr;
@@ -205,21 +206,19 @@ class Forward {
       FAE_UNROLL
       for (int half = 0; half < 2; ++half) {
         const float sum = softmax.sum[m][half];
-        // A row that saw nothing has out = 0; dividing by 1 keeps it.
-        float divisor = sum == 0 ? 1.0f : sum;
-        if constexpr (kModified) divisor /= float(p_.dropout.keep_scale);
+        const float factor = result_factor<kModified>(p_.dropout, sum);
         const int r = row + 16 * m + 8 * half + g;
         float probe = sum - sum;  // 0 when everything is finite
         FAE_UNROLL
         for (int n = 0; n < kDim / 8; ++n) {
-          const float x = out[m][n][2 * half] / divisor;
-          const float y = out[m][n][2 * half + 1] / divisor;
+          const float x = out[m][n][2 * half] * factor;
+          const float y = out[m][n][2 * half + 1] * factor;
           probe += (x - x) + (y - y);
           store_pair(staging, r, 8 * n + 2 * t, x, y);
         }
         const bool exact = repair(staging, row + 16 * m + 8 * half, warp_ballot(probe != 0));
         if (t == 0 && !exact && slice_ == 0 && r < row_count_) {
-          store_lse_of(r, row_lse(softmax.max[m][half], sum, params_.scale));
+          store_lse_of(r, row_lse<T>(softmax.max[m][half], sum, params_.scale));
         }
       }
     }
@@ -254,7 +253,7 @@ class Forward {
   FAE_DEVICE void store_partial(const FragC (&out)[kM][kDim / 8], const OnlineSoftmax<kM>& softmax,
                                 int row) const {
     const Partials& to = params_.partials;
-    const Work work = work_of_block();
+    const Work work = work_of(opaque(int(block_index())));
     const int g = lane_index() / 4, t = lane_index() % 4;
     FAE_UNROLL
     for (int m = 0; m < kM; ++m) {

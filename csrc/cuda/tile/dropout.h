@@ -87,4 +87,11 @@ FAE_DEVICE void scale_kept(FragC (&dp)[kN], uint32_t kept, float keep_scale) {
   }
 }
 
+// What a row's accumulated values are multiplied with in the end. Of a row that saw nothing they are 0, and
+// stay so.
+template <bool kModified>
+FAE_DEVICE float result_factor(const Dropout& dropout, float sum) {
+  return (kModified ? float(dropout.keep_scale) : 1.0f) / (sum == 0 ? 1.0f : sum);
+}
+
 }  // namespace fae::cuda

@@ -144,9 +144,8 @@ FAE_DEVICE_COLD double exact_output_row(const ForwardParams& params, int batch, 
   }
   sum = warp_sum(sum);
   warp_barrier();
-  const float kept = kModified ? float(p.dropout.keep_scale) : 1.0f;
-  out.template store<T>(tile, r, sum == 0 ? 0.0f : kept / sum);
-  return row_lse(max, sum, params.scale);
+  out.template store<T>(tile, r, result_factor<kModified>(p.dropout, sum));
+  return row_lse<T>(max, sum, params.scale);
 }
 
 // P, as far as dropout leaves it, and dS of one visible pair in the backward pass; dS is taken before scale

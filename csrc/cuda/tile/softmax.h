@@ -28,9 +28,14 @@ FAE_DEVICE float warp_sum(float x) {
   return x;
 }
 
-// The log-sum-exp of a row, from the maximum of its scores as kernels hold them and its sum.
+// The log-sum-exp of a row of element type T, from the maximum of its scores as kernels hold them and its
+// sum.
+template <class T>
 FAE_DEVICE double row_lse(float max, float sum, const ScoreScale& scale) {
-  return sum == 0 ? double(kHidden) : double(max) * double(scale.natural) + log(double(sum));
+  if (sum == 0) return double(kHidden);
+  const double largest = double(max) * double(scale.natural);
+  if constexpr (lse_dtype(DTypeOf<T>::value) == DType::kFloat64) return largest + log(double(sum));
+  else return largest + double(logf(sum));
 }
 
 // State of the rows lane / 4 + 8 half + 16 m of a warp.
