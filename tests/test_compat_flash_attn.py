@@ -92,10 +92,27 @@ def test_probabilities_on_request(scores, packed):
         out, lse, signed = call(dropout_p=0.4, return_attn_probs=True)
         assert signed.shape == (2, 4, 9, 9) and (signed < 0).any() and (signed > 0).any()
         values = v.repeat_interleave(2, 2).transpose(1, 2)
-        kept = (signed.clamp(min=0) / 0.6 @ values).transpose(1, 2)
+        torch.testing.assert_close(signed.abs().amax(-1), torch.ones(2, 4, 9))
+        probabilities = signed / signed.abs().sum(-1, keepdim=True)
+        kept = (probabilities.clamp(min=0) / 0.6 @ values).transpose(1, 2)
         torch.testing.assert_close(kept.reshape(out.shape), out)
-        rows = signed.abs().sum(-1)
-        torch.testing.assert_close(rows, torch.ones_like(rows))
+
+
+def test_errors_are_also_what_flash_attn_raises():
+    q, k, v = tensors(seq_q=9, seq_k=9)
+    cu = torch.tensor([0, 9], dtype=torch.int32)
+    for error, match, call in (
+        (ValueError, "head", lambda: flash_attn_func(q, k[:, :, :1].expand(-1, -1, 3, -1), v)),
+        (TypeError, "dtype", lambda: flash_attn_func(q, k.double(), v)),
+        (ValueError, "dropout_p", lambda: flash_attn_func(q, k, v, dropout_p=1.5)),
+        (ValueError, "cu_seqlens", lambda: flash_attn_varlen_func(q[0], k[0], v[0], cu[:0], cu, 9, 9)),
+        (ValueError, "cache_lengths", lambda: compat.flash_attn_with_kvcache(q, k, v, cache_seqlens=10)),
+        (ValueError, "rng_state", lambda: compat._flash_attn_backward(
+            q, q, k, v, q, torch.zeros(2, 4, 9), None, None, None, 0.3, None, False)),
+    ):  # fmt: skip
+        for kind in (error, RuntimeError):
+            with pytest.raises(kind, match=match):
+                call()
 
 
 @pytest.mark.parametrize("scores", SCORES, ids=lambda s: "-".join(s) or "plain")

@@ -86,7 +86,8 @@ def generate(name: str, attention: str, **options) -> torch.Tensor:
     return model.generate(**arguments, **common, **options)
 
 
-WAYS = {"greedy": {}, "beam": {"num_beams": 3}, "static": {"cache_implementation": "static"}}
+_STATIC = {"cache_implementation": "static"}
+WAYS = {"greedy": {}, "beam": {"num_beams": 3}, "static": _STATIC, "beam-static": {"num_beams": 3, **_STATIC}}
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -81,6 +81,9 @@ def _module(name: str, source: types.ModuleType, is_package: bool = False) -> ty
     module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=is_package)
     if is_package:
         module.__path__ = []
-    names = [*source.__all__, *(n for n in vars(source) if n.startswith(("_flash_attn", "_get_block")))]
+    names = [
+        *source.__all__,
+        *(n for n in vars(source) if n.startswith(("_flash_attn", "_get_block", "USE_"))),
+    ]
     vars(module).update({n: getattr(source, n) for n in names if n != "install"})
     return module

@@ -15,7 +15,6 @@ from .._windows import window_bounds
 def signed_probabilities(
     q: Tensor,
     k: Tensor,
-    lse: Tensor,
     rng_state: Tensor,
     dropout_p: float,
     *,
@@ -27,11 +26,11 @@ def signed_probabilities(
     sinks: Tensor | None = None,
     starts: tuple[list[int], list[int]] | None = None,
 ) -> Tensor:
-    """exp(score - lse), negative where dropout drops it, 0 where it is hidden, in q's dtype.
+    """exp(score - largest score of the row), negative where dropout drops it, 0 where it is hidden, in q's
+    dtype. flash_attn scales by what is the largest so far, block by block: here a row is one block.
 
     Args:
         q, k: (batch, seq, heads, dim), or packed (total, heads, dim) with `starts`, the two cu_seqlens.
-        lse: (batch, heads, seq), packed (heads, total); a sink is part of it.
 
     Returns:
         (batch, heads_q, seq_q, seq_k), of packed sequences up to the longest.
@@ -50,10 +49,10 @@ def signed_probabilities(
         longest = tuple(max((s.stop - s.start for s in side), default=0) for side in zip(*spans, strict=True))
     result = q.new_zeros(len(spans), q.shape[-2], *longest)
     for b, (rows, keys) in enumerate(spans):
-        queries, known, log_sum = (q[b], k[b], lse[b]) if starts is None else (q[rows], k[keys], lse[:, rows])
+        queries, known = (q[b], k[b]) if starts is None else (q[rows], k[keys])
         heads, seq_q, seq_k = queries.shape[1], len(queries), len(known)
         slopes = None if alibi_slopes is None else alibi_slopes.expand(len(spans), heads)[b]
-        p = _probabilities(queries, known, log_sum, causal, bounds, softcap, slopes, scale)
+        p = _probabilities(queries, known, causal, bounds, softcap, slopes, scale)
         kept = keep_tile(key, dropout_p, range(b, b + 1), range(heads), range(seq_q), range(seq_k))[0]
         result[b, :, :seq_q, :seq_k] = torch.where(kept, p, -p)
     return result
@@ -62,7 +61,6 @@ def signed_probabilities(
 def _probabilities(
     q: Tensor,
     k: Tensor,
-    lse: Tensor,
     causal: bool,
     window: tuple[int, int],
     softcap: float,
@@ -86,4 +84,7 @@ def _probabilities(
         hidden |= ahead < -left
     if right >= 0:
         hidden |= ahead > right
-    return (s - lse[..., None]).exp().masked_fill(hidden, 0.0)
+    if s.shape[-1] == 0:
+        return s
+    s = s.masked_fill(hidden, -math.inf)
+    return (s - s.amax(-1, keepdim=True)).exp().masked_fill(hidden, 0.0)

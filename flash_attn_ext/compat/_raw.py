@@ -22,9 +22,8 @@ _CONFIG = AttentionConfig()
 
 
 def block_size_n(device, head_dim: int, is_dropout: bool, is_causal: bool) -> int:
-    """Keys of a block of S_dmask; flash_attn's own tests ask. Here all of a row share one scale, so any
-    number serves."""
-    return 64
+    """Keys that share a scale in S_dmask: those of a row, however many."""
+    return 1 << 30
 
 
 def _options(
@@ -85,7 +84,7 @@ def forward(
     if return_softmax:
         named = dict(zip(("scale", "causal", "window", "softcap", "alibi_slopes"), scores, strict=True))
         starts = tuple(packing[name].tolist() for name in packing if name.startswith("cu_seqlens")) or None
-        probabilities = signed_probabilities(q, k, lse, drawn, dropout_p, **named, starts=starts)
+        probabilities = signed_probabilities(q, k, drawn, dropout_p, **named, starts=starts)
     return out, lse, probabilities, drawn
 
 

@@ -8,8 +8,9 @@ or, for models that insist on the package itself, `install()` before they are im
 Tensors are (batch, seq, heads, dim), or packed (total, heads, dim). `causal` is aligned bottom right, windows
 are (left, right) with -1 for unbounded, ALiBi adds -slope * |i + seq_k - seq_q - j|. With
 `return_attn_probs` a function returns (out, softmax_lse, S_dmask): the LSE in float32, (batch, heads, seq) or
-(heads, total), and for dropout_p > 0 the probabilities (batch, heads, seq_q, seq_k), negative where dropped.
-`sinks` is what forks of the package know: one more logit per head, (heads,), without a value.
+(heads, total), and for dropout_p > 0 the probabilities (batch, heads, seq_q, seq_k), each row's scaled so that
+the largest is 1, negative where dropped. `sinks` is what forks of the package know: one more logit per head,
+(heads,), without a value. A ValueError or TypeError is a RuntimeError, too, as flash_attn's are.
 
 Source: https://github.com/Dao-AILab/flash-attention; Dao, FlashAttention-2, 2023, arXiv:2307.08691.
 """
@@ -26,6 +27,7 @@ from ..kvcache import flash_attention_with_kvcache
 from ..testing import next_rng_state
 from ..varlen import flash_attention_varlen
 from . import _cached, _raw
+from ._errors import as_runtime_errors
 from ._installed import install
 from ._probabilities import signed_probabilities
 from .bert_padding import index_first_axis, pad_input, unpad_input
@@ -73,10 +75,10 @@ def _attend(
     if state is None:
         return out, lse, q.new_empty(0)
     lists = None if starts is None else tuple(cu.tolist() for cu in starts)
-    q, k, log_sum = q.detach(), k.detach(), lse.detach()
-    return out, lse, signed_probabilities(q, k, log_sum, state, dropout_p, **scores, starts=lists)
+    return out, lse, signed_probabilities(q.detach(), k.detach(), state, dropout_p, **scores, starts=lists)
 
 
+@as_runtime_errors
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -117,17 +119,20 @@ def flash_attn_func(
     return _attend(attention, q, k, scores, dropout_p, deterministic, return_attn_probs)
 
 
+@as_runtime_errors
 def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *arguments, **options) -> Result:
     """`flash_attn_func` on the two slices of kv (batch, seq, 2, heads, dim)."""
     k, v = kv.unbind(2)
     return flash_attn_func(q, k, v, *arguments, **options)
 
 
+@as_runtime_errors
 def flash_attn_qkvpacked_func(qkv: Tensor, *arguments, **options) -> Result:
     """`flash_attn_func` on the three slices of qkv (batch, seq, 3, heads, dim)."""
     return flash_attn_func(*qkv.unbind(2), *arguments, **options)
 
 
+@as_runtime_errors
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -177,6 +182,7 @@ def flash_attn_varlen_func(
     return _attend(attention, q, k, scores, dropout_p, deterministic, return_attn_probs, starts)
 
 
+@as_runtime_errors
 def flash_attn_varlen_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -192,6 +198,7 @@ def flash_attn_varlen_kvpacked_func(
     return flash_attn_varlen_func(q, *kv.unbind(1), *packing, *arguments, **options)
 
 
+@as_runtime_errors
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *arguments, **options
 ) -> Result:
@@ -200,6 +207,7 @@ def flash_attn_varlen_qkvpacked_func(
     return flash_attn_varlen_func(*qkv.unbind(1), *packing, *arguments, **options)
 
 
+@as_runtime_errors
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -256,8 +264,10 @@ def flash_attn_with_kvcache(
 
 
 _get_block_size_n = _raw.block_size_n
+USE_TRITON_ROCM = False
 
 
+@as_runtime_errors
 def _flash_attn_forward(
     q: Tensor,
     k: Tensor,
@@ -277,6 +287,7 @@ def _flash_attn_forward(
     return _raw.forward(q, k, v, dropout_p, return_softmax, *scores, packing={})
 
 
+@as_runtime_errors
 def _flash_attn_backward(
     dout: Tensor,
     q: Tensor,
@@ -304,6 +315,7 @@ def _flash_attn_backward(
     return _raw.backward(dout, saved, grads, dropout_p, deterministic, rng_state, *scores, packing={})
 
 
+@as_runtime_errors
 def _flash_attn_varlen_forward(
     q: Tensor,
     k: Tensor,
@@ -346,6 +358,7 @@ def _flash_attn_varlen_forward(
     return _raw.forward(q, k, v, dropout_p, return_softmax, *scores, packing=packing)
 
 
+@as_runtime_errors
 def _flash_attn_varlen_backward(
     dout: Tensor,
     q: Tensor,

@@ -1,0 +1,33 @@
+"""flash_attn raises RuntimeError where this package raises ValueError or TypeError: here an error is both."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+class WrongValueError(ValueError, RuntimeError):
+    """An argument's value, shape or device."""
+
+
+class WrongTypeError(TypeError, RuntimeError):
+    """An argument's type or dtype."""
+
+
+def as_runtime_errors(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """`function`, whose errors callers may also catch as flash_attn's."""
+
+    @functools.wraps(function)
+    def wrapped(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
+        try:
+            return function(*arguments, **options)
+        except ValueError as error:
+            raise WrongValueError(str(error)) from error
+        except TypeError as error:
+            raise WrongTypeError(str(error)) from error
+
+    return wrapped
