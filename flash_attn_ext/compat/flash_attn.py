@@ -8,9 +8,9 @@ or, for models that insist on the package itself, `install()` before they are im
 Tensors are (batch, seq, heads, dim), or packed (total, heads, dim). `causal` is aligned bottom right, windows
 are (left, right) with -1 for unbounded, ALiBi adds -slope * |i + seq_k - seq_q - j|. With
 `return_attn_probs` a function returns (out, softmax_lse, S_dmask): the LSE in float32, (batch, heads, seq) or
-(heads, total), and for dropout_p > 0 the probabilities (batch, heads, seq_q, seq_k), each row's scaled so that
-the largest is 1, negative where dropped. `sinks` is what forks of the package know: one more logit per head,
-(heads,), without a value. A ValueError or TypeError is a RuntimeError, too, as flash_attn's are.
+(heads, total), and for dropout_p > 0 the probabilities (batch, heads, seq_q, seq_k), each row's scaled so
+that the largest is 1, negative where dropped. `sinks` is what forks of the package know: one more logit per
+head, (heads,), without a value. A ValueError or TypeError is a RuntimeError, too, as flash_attn's are.
 
 Source: https://github.com/Dao-AILab/flash-attention; Dao, FlashAttention-2, 2023, arXiv:2307.08691.
 """
