@@ -7,6 +7,7 @@ import operator
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 
 from . import forward_mode, ops
 from ._problem import AUTOCAST_DEVICES
@@ -45,6 +46,21 @@ def _save(ctx, operators: ops.Operators, inputs: tuple, output: tuple[Tensor, Te
     ctx.rest = inputs[tensors:]
 
 
+def _was_asked_for_lse(ctx) -> bool:
+    family = ctx.operators.family
+    return ctx.rest[family.return_lse - family.first_number]
+
+
+def _lse(ctx, saved: tuple[Tensor, ...]) -> Tensor:
+    """The log-sum-exp, computed once more where nobody asked for it."""
+    operators = ctx.operators
+    if _was_asked_for_lse(ctx):
+        return saved[-1]
+    numbers = operators.family.return_lse - operators.family.first_number
+    arguments = (*saved[:-2], *ctx.rest[:numbers], True, *ctx.rest[numbers + 1 :])
+    return operators.forward(*arguments)[1]
+
+
 def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, offset: int = 0) -> tuple[Tensor | None, ...]:
     """One gradient or None for each argument of the forward operator, which stand `offset` places later
     among what the autograd function was given."""
@@ -52,12 +68,11 @@ def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, offset: int = 0) ->
     family = operators.family
     saved = ctx.saved_tensors
     q, k, v = saved[:3]
-    out, lse = saved[-2:]
+    out, lse = saved[-2], _lse(ctx, saved)
     numbers = family.return_lse - family.first_number
     options = saved[3:-2] + rest[:numbers]
     own = rest[numbers + 1 :]
-    if not rest[numbers]:
-        lse = operators.forward(q, k, v, *options, True, *own)[1]
+    if not _was_asked_for_lse(ctx):
         dlse = None
     if dout is None:
         dout = torch.zeros_like(out)
@@ -82,9 +97,9 @@ def _tangents(ctx, operators: None, *given: Tensor | None) -> tuple[Tensor, Tens
     of_options = {
         name: given[place] for name, place in zip(family.differentiable, family.places, strict=True)
     }
-    return forward_mode.tangents(
-        *saved[:3], *saved[-2:], options, forward_mode.Tangents(*given[:3], **of_options)
-    )
+    changes = forward_mode.Tangents(*given[:3], **of_options)
+    dout, dlse = forward_mode.tangents(*saved[:3], saved[-2], _lse(ctx, saved), options, changes)
+    return dout, dlse if _was_asked_for_lse(ctx) else torch.zeros_like(saved[-1])
 
 
 class _EagerAttention(torch.autograd.Function):
@@ -120,6 +135,17 @@ class _FunctorchAttention(torch.autograd.Function):
     jvp = _EagerAttention.jvp
 
 
+_library = torch.library.Library("flash_attn_ext", "FRAGMENT")  # registrations live as long as it does
+
+
+class _KernelAttention(torch.autograd.function._SingleLevelFunction):
+    """For a kernel of the dispatcher, which torch.func calls for one transform at a time."""
+
+    forward = staticmethod(_EagerAttention.forward)
+    backward = staticmethod(_EagerAttention.backward)
+    jvp = staticmethod(_tangents)
+
+
 # Past the part of `Function.apply` that serves functorch, to whom `attention` never passes this.
 _apply_eager = super(torch.autograd.Function, _EagerAttention).apply
 
@@ -135,13 +161,19 @@ def attention(operators: ops.Operators, *arguments) -> tuple[Tensor, Tensor]:
 
 
 def _register_autograd(operators: ops.Operators) -> None:
-    def setup_context(ctx, inputs, output):
-        _save(ctx, operators, inputs, output)
+    """What torch.library.register_autograd does, and derivatives in forward mode and under torch.func."""
+    below = torch._C._after_autograd_keyset
+    defaults = tuple(argument.default_value for argument in operators.attention._schema.arguments)
 
-    def backward(ctx, dout, dlse):
-        return _backward(ctx, dout, dlse)
+    def kernel(keyset, *arguments):
+        arguments += defaults[len(arguments) :]  # the dispatcher leaves them out
+        backward = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+        if backward or forward_mode.is_active():
+            with enable_single_level_autograd_function():
+                return _KernelAttention.apply(operators, *arguments)
+        return operators.attention.redispatch(keyset & below, *arguments)
 
-    torch.library.register_autograd(operators.attention, backward, setup_context=setup_context)
+    _library.impl(operators.attention, kernel, "Autograd", with_keyset=True)
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,7 +187,6 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 _AUTOCAST_KEYS = [f"Autocast{device.upper()}" for device in AUTOCAST_DEVICES]
-_library = torch.library.Library("flash_attn_ext", "FRAGMENT")  # registrations live as long as it does
 
 
 def _register_autocast(operators: ops.Operators) -> None:

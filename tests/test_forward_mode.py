@@ -8,6 +8,9 @@ from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import flash_attn_ext as fae
+from flash_attn_ext import ops
+from flash_attn_ext._options import Options
+from flash_attn_ext._windows import CAUSAL
 
 NAMES = ("q", "k", "v", "bias", "alibi_slopes", "sinks")
 CASES = {
@@ -200,6 +203,41 @@ def test_derivatives_of_derivatives(any_backend):
         grad(lambda x, b=b: jvp(lambda y: total(y, b), (x,), (q,))[1])(q) for b in (any_backend, "standard")
     )
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("return_lse", [False, True], ids=["out", "out and lse"])
+@pytest.mark.parametrize("extended", [False, True], ids=["plain", "extended"])
+@pytest.mark.parametrize("backend", ["cpu", "portable"])
+def test_operators_themselves(backend, extended, return_lse):
+    """Under torch.func and with dual numbers, as the functions."""
+    torch.manual_seed(3)
+    q, k, v, direction = (torch.randn(2, 5, 2, 8) for _ in range(4))
+    slopes = torch.rand(2) if extended else None
+    options = Options(causal=CAUSAL[True], alibi_slopes=slopes)
+    family, taken = (ops.EXTENDED_BY_BACKEND, options) if extended else (ops.BY_BACKEND, options.plain())
+
+    def operator(x):
+        return family[backend].attention(x, k, v, *taken, return_lse)[0].sin()
+
+    def function(x):
+        return fae.flash_attention(x, k, v, True, alibi_slopes=slopes, backend=backend).sin()
+
+    def dual(call):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(call(forward_ad.make_dual(q, direction))).tangent
+
+    def results(call):
+        def total(x):
+            return call(x).sum()
+
+        several = torch.stack([q, 2 * q])
+        return (
+            jvp(call, (q,), (direction,))[1], dual(call), grad(total)(q), vmap(grad(total))(several),
+            vmap(call)(several), jacrev(call)(q), jacfwd(call)(q),
+        )  # fmt: skip
+
+    for got, want in zip(results(operator), results(function), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_out_would_lose_it():
