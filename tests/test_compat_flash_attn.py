@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import itertools
 import subprocess
 import sys
 
@@ -14,7 +12,6 @@ from torch import Tensor
 
 import flash_attn_ext as fae
 from flash_attn_ext.compat import flash_attn as compat
-from flash_attn_ext.compat import rotary
 from flash_attn_ext.compat.flash_attn import flash_attn_func, flash_attn_varlen_func
 
 SCORES = [
@@ -317,74 +314,3 @@ else:
 @pytest.mark.parametrize("program", [INSTALLED, TOO_LATE], ids=["installed", "too-late"])
 def test_install(program):
     subprocess.run([sys.executable, "-c", program], check=True)
-
-
-class TestRotary:
-    """Against complex numbers: the pair (a, b) at angle t becomes (a + ib) exp(it)."""
-
-    @staticmethod
-    def turned(x, cos, sin, interleaved):
-        """x (..., seq, heads, dim), cos and sin (..., seq, n)."""
-        n = cos.shape[-1]
-        part = x[..., : 2 * n].double()
-        a, b = (part[..., 0::2], part[..., 1::2]) if interleaved else (part[..., :n], part[..., n:])
-        z = torch.complex(a, b) * torch.complex(cos.double(), sin.double())[..., None, :]
-        pair = torch.stack((z.real, z.imag), -1 if interleaved else -2).flatten(-2)
-        return torch.cat((pair, x[..., 2 * n :].double()), -1)
-
-    @staticmethod
-    def angles(positions, n=3):
-        return torch.outer(positions.double(), 100.0 ** (-torch.arange(n, dtype=torch.float64) / n))
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-    @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
-    def test_padded(self, interleaved, dtype):
-        table = self.angles(torch.arange(12))
-        cos, sin = table.cos().to(dtype), table.sin().to(dtype)
-        x = torch.randn(2, 5, 3, 8, dtype=dtype)
-        for offsets in (0, 7, torch.tensor([2, 6])):
-            first = offsets if isinstance(offsets, int) else offsets[:, None]
-            positions = (first + torch.arange(5)).expand(2, 5)
-            expected = self.turned(x, cos[positions], sin[positions], interleaved).to(dtype)
-            got = rotary.apply_rotary_emb(x, cos, sin, interleaved, seqlen_offsets=offsets)
-            torch.testing.assert_close(got, expected)
-            torch.testing.assert_close(
-                rotary.apply_rotary_emb_torch(x, cos[positions], sin[positions], interleaved), expected
-            )
-
-    @pytest.mark.parametrize("offsets", [0, 3, torch.tensor([1, 4, 0])], ids=["0", "3", "each"])
-    def test_packed(self, offsets):
-        table = self.angles(torch.arange(12))
-        starts = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
-        x = torch.randn(11, 2, 6)
-        got = rotary.apply_rotary_emb(
-            x, table.cos(), table.sin(), seqlen_offsets=offsets, cu_seqlens=starts, max_seqlen=5
-        )
-        for b, (begin, end) in enumerate(itertools.pairwise(starts)):
-            first = offsets if isinstance(offsets, int) else offsets[b]
-            angles = table[first : first + end - begin]
-            expected = self.turned(x[begin:end], angles.cos(), angles.sin(), False).float()
-            torch.testing.assert_close(got[begin:end], expected)
-        assert torch.equal(got[9:], x[9:])
-
-    def test_in_place_and_gradient(self):
-        table = self.angles(torch.arange(5))
-        x = torch.randn(2, 5, 3, 8, dtype=torch.float64, requires_grad=True)
-        call = functools.partial(rotary.apply_rotary_emb, cos=table.cos(), sin=table.sin())
-        assert torch.autograd.gradcheck(call, (x,))
-        copy = x.detach().clone()
-        assert call(copy, inplace=True) is copy
-        assert torch.equal(copy, call(x))
-        assert torch.autograd.gradcheck(lambda x: call(x.clone(), inplace=True), (x,))
-
-    def test_positions_that_the_table_lacks(self):
-        table = self.angles(torch.arange(4))
-        x = torch.randn(1, 3, 1, 6)
-        got = rotary.apply_rotary_emb(x, table.cos(), table.sin(), seqlen_offsets=torch.tensor([2]))
-        assert torch.equal(got[:, 2], x[:, 2]) and not torch.equal(got[:, 1], x[:, 1])
-        with pytest.raises(ValueError, match="seqlen_offsets 2 and 3 rows exceed the 4 positions"):
-            rotary.apply_rotary_emb(x, table.cos(), table.sin(), seqlen_offsets=2)
-        with pytest.raises(ValueError, match="cos and sin"):
-            rotary.apply_rotary_emb(x, self.angles(torch.arange(4), 4).cos(), table.sin())
-        with pytest.raises(ValueError, match="x must be"):
-            rotary.apply_rotary_emb(x[0], table.cos(), table.sin())

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .._cache_call import rotate
 
-__all__ = ["apply_rotary_emb", "apply_rotary_emb_func", "apply_rotary_emb_torch"]
+__all__ = [
+    "apply_rotary_emb",
+    "apply_rotary_emb_func",
+    "apply_rotary_emb_kv_",
+    "apply_rotary_emb_qkv_",
+    "apply_rotary_emb_torch",
+]
 
 
 def apply_rotary_emb(
@@ -27,7 +35,7 @@ def apply_rotary_emb(
         cos, sin: (positions, rotary_dim / 2), floating, rotary_dim <= dim; row i belongs to position i.
         interleaved: pairs are elements (0, 1), (2, 3), ... (GPT-J), instead of (0, rotary_dim / 2), ...
             (GPT-NeoX, Llama).
-        inplace: write into x, which is then the result.
+        inplace: write into x, which is then the result; x may be a leaf that requires grad.
         seqlen_offsets: the position of a sequence's first row: one for all, or integers (batch,).
         cu_seqlens: (batch + 1,) integers; sequence b is rows [cu_seqlens[b], cu_seqlens[b + 1]) of x.
         max_seqlen: as in flash_attn, where it sizes a grid; not needed here.
@@ -57,8 +65,10 @@ def apply_rotary_emb(
     positions = _positions(x, len(cos), seqlen_offsets, cu_seqlens)
     # One more row, for positions that the table lacks: no turn.
     cos, sin = torch.cat((cos, torch.ones_like(cos[:1]))), torch.cat((sin, torch.zeros_like(sin[:1])))
-    turned = rotate(x, cos[positions], sin[positions], interleaved)
-    return x.copy_(turned) if inplace else turned
+    cos, sin = cos[positions], sin[positions]
+    if not inplace:
+        return rotate(x, cos, sin, interleaved)
+    return _in_place(x, lambda t, back: t.copy_(rotate(t, cos, -sin if back else sin, interleaved)))
 
 
 apply_rotary_emb_func = apply_rotary_emb
@@ -67,6 +77,81 @@ apply_rotary_emb_func = apply_rotary_emb
 def apply_rotary_emb_torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """`apply_rotary_emb` for angles of each row: cos and sin (seq, rotary_dim / 2), perhaps with a batch."""
     return rotate(x, cos, sin, interleaved)
+
+
+def apply_rotary_emb_qkv_(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cos_k: Tensor | None = None,
+    sin_k: Tensor | None = None,
+    interleaved: bool = False,
+    seqlen_offsets: int | Tensor = 0,
+    num_heads_q: int | None = None,
+) -> Tensor:
+    """Turns queries and keys in place; qkv is the result.
+
+    Args:
+        qkv: (batch, seq, 3, heads, dim); or (batch, seq, heads_q + 2 * heads_kv, dim) with `num_heads_q`.
+        cos_k, sin_k: tables for the keys, where they have their own.
+        Others: as for `apply_rotary_emb`.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    packed = qkv.dim() == 5 and qkv.shape[2] == 3
+    others = qkv.shape[2] - num_heads_q if qkv.dim() == 4 and num_heads_q is not None else -1
+    if not packed and (others < 0 or others % 2):
+        raise ValueError(
+            "qkv must be (batch, seq, 3, heads, dim), or (batch, seq, heads_q + 2 * heads_kv, dim) with "
+            f"num_heads_q, got {tuple(qkv.shape)} and num_heads_q {num_heads_q}"
+        )
+    tables = [(cos, sin), (cos if cos_k is None else cos_k, sin if sin_k is None else sin_k)]
+    heads = [num_heads_q, others // 2, others // 2]
+
+    def turn(t: Tensor, back: bool) -> None:
+        parts = t.unbind(2) if packed else t.split(heads, 2)
+        for part, (c, s) in zip(parts, tables, strict=False):
+            apply_rotary_emb(part, c, -s if back else s, interleaved, True, seqlen_offsets)
+
+    return _in_place(qkv, turn)
+
+
+def apply_rotary_emb_kv_(
+    kv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, seqlen_offsets: int | Tensor = 0
+) -> Tensor:
+    """Turns the keys of kv (batch, seq, 2, heads, dim) in place; kv is the result. See `apply_rotary_emb`."""
+    if kv.dim() != 5 or kv.shape[2] != 2:
+        raise ValueError(f"kv must be (batch, seq, 2, heads, dim), got {tuple(kv.shape)}")
+
+    def turn(t: Tensor, back: bool) -> None:
+        apply_rotary_emb(t[:, :, 0], cos, -sin if back else sin, interleaved, True, seqlen_offsets)
+
+    return _in_place(kv, turn)
+
+
+class _InPlace(torch.autograd.Function):
+    """Turns a tensor where it lies, a leaf, too, as in flash_attn; the gradient is turned back."""
+
+    @staticmethod
+    def forward(ctx, x, turn):
+        ctx.turn = turn
+        turn(x, False)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        ctx.turn(grad, True)
+        return grad, None
+
+
+def _in_place(x: Tensor, turn: Callable[[Tensor, bool], object]) -> Tensor:
+    """turn(t, back) turns t in place."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _InPlace.apply(x, turn)
+    turn(x, False)
+    return x
 
 
 def _positions(x: Tensor, table: int, offsets: int | Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -1,0 +1,130 @@
+"""`compat.rotary` against complex numbers: the pair (a, b) at angle t becomes (a + ib) exp(it)."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+import torch
+
+from flash_attn_ext.compat import rotary
+
+
+def turned(x, cos, sin, interleaved):
+    """x (..., seq, heads, dim), cos and sin (..., seq, n)."""
+    n = cos.shape[-1]
+    part = x[..., : 2 * n].double()
+    a, b = (part[..., 0::2], part[..., 1::2]) if interleaved else (part[..., :n], part[..., n:])
+    z = torch.complex(a, b) * torch.complex(cos.double(), sin.double())[..., None, :]
+    pair = torch.stack((z.real, z.imag), -1 if interleaved else -2).flatten(-2)
+    return torch.cat((pair, x[..., 2 * n :].double()), -1)
+
+
+def angles(positions, n=3):
+    return torch.outer(positions.double(), 100.0 ** (-torch.arange(n, dtype=torch.float64) / n))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+def test_padded(interleaved, dtype):
+    table = angles(torch.arange(12))
+    cos, sin = table.cos().to(dtype), table.sin().to(dtype)
+    x = torch.randn(2, 5, 3, 8, dtype=dtype)
+    for offsets in (0, 7, torch.tensor([2, 6])):
+        first = offsets if isinstance(offsets, int) else offsets[:, None]
+        positions = (first + torch.arange(5)).expand(2, 5)
+        expected = turned(x, cos[positions], sin[positions], interleaved).to(dtype)
+        got = rotary.apply_rotary_emb(x, cos, sin, interleaved, seqlen_offsets=offsets)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(
+            rotary.apply_rotary_emb_torch(x, cos[positions], sin[positions], interleaved), expected
+        )
+
+
+@pytest.mark.parametrize("offsets", [0, 3, torch.tensor([1, 4, 0])], ids=["0", "3", "each"])
+def test_packed(offsets):
+    table = angles(torch.arange(12))
+    starts = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
+    x = torch.randn(11, 2, 6)
+    got = rotary.apply_rotary_emb(
+        x, table.cos(), table.sin(), seqlen_offsets=offsets, cu_seqlens=starts, max_seqlen=5
+    )
+    for b, (begin, end) in enumerate(itertools.pairwise(starts)):
+        first = offsets if isinstance(offsets, int) else offsets[b]
+        its = table[first : first + end - begin]
+        expected = turned(x[begin:end], its.cos(), its.sin(), False).float()
+        torch.testing.assert_close(got[begin:end], expected)
+    assert torch.equal(got[9:], x[9:])
+
+
+def test_in_place_and_gradient():
+    table = angles(torch.arange(5))
+    x = torch.randn(2, 5, 3, 8, dtype=torch.float64, requires_grad=True)
+    call = functools.partial(rotary.apply_rotary_emb, cos=table.cos(), sin=table.sin())
+    assert torch.autograd.gradcheck(call, (x,))
+    copy = x.detach().clone()
+    assert call(copy, inplace=True) is copy
+    assert torch.equal(copy, call(x))
+    assert torch.autograd.gradcheck(lambda x: call(x.clone(), inplace=True), (x,))
+    leaf = x.detach().clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(call(leaf, inplace=True).sin().sum(), leaf)
+    (wanted,) = torch.autograd.grad(call(x).sin().sum(), x)
+    assert torch.equal(leaf, copy)
+    torch.testing.assert_close(gradient, wanted)
+
+
+@pytest.mark.parametrize("heads", [None, 4, 0], ids=["3", "grouped", "keys alone"])
+@pytest.mark.parametrize("own_table", [False, True])
+def test_packed_heads(heads, own_table):
+    """In place, of leaves too, with their gradient; values stay."""
+    table = angles(torch.arange(9))
+    tables = [(table.cos(), table.sin())] * 2
+    if own_table:
+        tables[1] = ((2 * table).cos(), (2 * table).sin())
+    shape = (2, 5, 3, 4, 8) if heads is None else (2, 5, heads + 4, 8)
+    qkv = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    leaf = qkv.detach().clone().requires_grad_()
+    parts = qkv.unbind(2) if heads is None else qkv.split([heads, 2, 2], 2)
+    turned_parts = [
+        rotary.apply_rotary_emb(x, *t, seqlen_offsets=3) for x, t in zip(parts, tables, strict=False)
+    ]
+    want = (
+        torch.stack([*turned_parts, parts[2]], 2)
+        if heads is None
+        else torch.cat([*turned_parts, parts[2]], 2)
+    )
+    more = tables[1] if own_table else ()
+    got = rotary.apply_rotary_emb_qkv_(leaf, *tables[0], *more, seqlen_offsets=3, num_heads_q=heads)
+    assert got.data_ptr() == leaf.data_ptr()
+    torch.testing.assert_close(got, want)
+    direction = torch.randn_like(want)
+    (gradient,), (wanted,) = (torch.autograd.grad(out, x, direction) for out, x in ((got, leaf), (want, qkv)))
+    torch.testing.assert_close(gradient, wanted)
+
+
+def test_packed_keys_and_values():
+    table = angles(torch.arange(5))
+    kv = torch.randn(2, 5, 2, 4, 8)
+    want = rotary.apply_rotary_emb(kv[:, :, 0], table.cos(), table.sin(), True)
+    values = kv[:, :, 1].clone()
+    assert rotary.apply_rotary_emb_kv_(kv, table.cos(), table.sin(), True).data_ptr() == kv.data_ptr()
+    assert torch.equal(kv[:, :, 0], want) and torch.equal(kv[:, :, 1], values)
+    with pytest.raises(ValueError, match="kv must be"):
+        rotary.apply_rotary_emb_kv_(kv[:, :, :1], table.cos(), table.sin())
+    for wrong, heads in ((kv, None), (kv[:, :, 0], None), (kv[:, :, 0], 5), (kv[:, :, 0], 3)):
+        with pytest.raises(ValueError, match="qkv must be"):
+            rotary.apply_rotary_emb_qkv_(wrong, table.cos(), table.sin(), num_heads_q=heads)
+
+
+def test_positions_that_the_table_lacks():
+    table = angles(torch.arange(4))
+    x = torch.randn(1, 3, 1, 6)
+    got = rotary.apply_rotary_emb(x, table.cos(), table.sin(), seqlen_offsets=torch.tensor([2]))
+    assert torch.equal(got[:, 2], x[:, 2]) and not torch.equal(got[:, 1], x[:, 1])
+    with pytest.raises(ValueError, match="seqlen_offsets 2 and 3 rows exceed the 4 positions"):
+        rotary.apply_rotary_emb(x, table.cos(), table.sin(), seqlen_offsets=2)
+    with pytest.raises(ValueError, match="cos and sin"):
+        rotary.apply_rotary_emb(x, angles(torch.arange(4), 4).cos(), table.sin())
+    with pytest.raises(ValueError, match="x must be"):
+        rotary.apply_rotary_emb(x[0], table.cos(), table.sin())
