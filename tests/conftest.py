@@ -94,6 +94,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: a long sweep; runs with --slow")
+    config.addinivalue_line("markers", "emulated: set for what takes the library of the CUDA emulator")
     config.addinivalue_line(
         "markers", "cuda: its `target` is also the CUDA kernels: on the emulator, and on a card"
     )
@@ -118,12 +119,17 @@ EMULATED_WORK = 4_000_000
 EMULATED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def _has_emulator_as_target(item) -> bool:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return EMULATED in (parameters.get(name) for name in ("target", "any_target", "extended_target"))
+
+
 def _is_for_emulator(item) -> bool:
     """Whether a test on the emulator is small enough and has a dtype that the kernels know. Of extended cases
     every other one is its turn, in one dtype; with --slow they are all."""
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    if EMULATED not in (parameters.get(name) for name in ("target", "any_target", "extended_target")):
+    if not _has_emulator_as_target(item):
         return True
+    parameters = item.callspec.params
     slow = item.config.getoption("--slow")
     dtype, case = parameters.get("dtype"), parameters.get("case")
     if dtype == torch.float64:
@@ -138,7 +144,11 @@ def _is_for_emulator(item) -> bool:
     return work <= EMULATED_WORK * (12 if slow else 1)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "emulator" in getattr(item, "fixturenames", ()) or _has_emulator_as_target(item):
+            item.add_marker("emulated")
     slow = config.getoption("--slow") or "slow" in (config.option.markexpr or "")
     chosen = [item for item in items if slow or "slow" not in item.keywords]
     chosen = [item for item in chosen if _is_for_emulator(item)]
