@@ -119,17 +119,19 @@ EMULATED_WORK = 4_000_000
 EMULATED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _has_emulator_as_target(item) -> bool:
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    return EMULATED in (parameters.get(name) for name in ("target", "any_target", "extended_target"))
+def _names_emulator(item) -> bool:
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return any(
+        value is EMULATED or (isinstance(value, str) and value == EMULATED.name) for value in parameters
+    )
 
 
 def _is_for_emulator(item) -> bool:
     """Whether a test on the emulator is small enough and has a dtype that the kernels know. Of extended cases
     every other one is its turn, in one dtype; with --slow they are all."""
-    if not _has_emulator_as_target(item):
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if EMULATED not in (parameters.get(name) for name in ("target", "any_target", "extended_target")):
         return True
-    parameters = item.callspec.params
     slow = item.config.getoption("--slow")
     dtype, case = parameters.get("dtype"), parameters.get("case")
     if dtype == torch.float64:
@@ -147,7 +149,7 @@ def _is_for_emulator(item) -> bool:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if "emulator" in getattr(item, "fixturenames", ()) or _has_emulator_as_target(item):
+        if "emulator" in getattr(item, "fixturenames", ()) or _names_emulator(item):
             item.add_marker("emulated")
     slow = config.getoption("--slow") or "slow" in (config.option.markexpr or "")
     chosen = [item for item in items if slow or "slow" not in item.keywords]
