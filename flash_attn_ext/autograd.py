@@ -46,19 +46,13 @@ def _save(ctx, operators: ops.Operators, inputs: tuple, output: tuple[Tensor, Te
     ctx.rest = inputs[tensors:]
 
 
-def _was_asked_for_lse(ctx) -> bool:
-    family = ctx.operators.family
-    return ctx.rest[family.return_lse - family.first_number]
-
-
-def _lse(ctx, saved: tuple[Tensor, ...]) -> Tensor:
-    """The log-sum-exp, computed once more where nobody asked for it."""
-    operators = ctx.operators
-    if _was_asked_for_lse(ctx):
-        return saved[-1]
-    numbers = operators.family.return_lse - operators.family.first_number
-    arguments = (*saved[:-2], *ctx.rest[:numbers], True, *ctx.rest[numbers + 1 :])
-    return operators.forward(*arguments)[1]
+def _lse(ctx, saved: tuple[Tensor, ...]) -> tuple[Tensor, bool]:
+    """The log-sum-exp, computed once more where nobody asked for it, and whether somebody did."""
+    operators, rest = ctx.operators, ctx.rest
+    numbers = operators.family.numbers
+    if rest[numbers]:
+        return saved[-1], True
+    return operators.forward(*saved[:-2], *rest[:numbers], True, *rest[numbers + 1 :])[1], False
 
 
 def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, offset: int = 0) -> tuple[Tensor | None, ...]:
@@ -68,11 +62,11 @@ def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, offset: int = 0) ->
     family = operators.family
     saved = ctx.saved_tensors
     q, k, v = saved[:3]
-    out, lse = saved[-2], _lse(ctx, saved)
-    numbers = family.return_lse - family.first_number
-    options = saved[3:-2] + rest[:numbers]
-    own = rest[numbers + 1 :]
-    if not _was_asked_for_lse(ctx):
+    out = saved[-2]
+    lse, asked = _lse(ctx, saved)
+    options = saved[3:-2] + rest[: family.numbers]
+    own = rest[family.numbers + 1 :]
+    if not asked:
         dlse = None
     if dout is None:
         dout = torch.zeros_like(out)
@@ -98,8 +92,9 @@ def _tangents(ctx, operators: None, *given: Tensor | None) -> tuple[Tensor, Tens
         name: given[place] for name, place in zip(family.differentiable, family.places, strict=True)
     }
     changes = forward_mode.Tangents(*given[:3], **of_options)
-    dout, dlse = forward_mode.tangents(*saved[:3], saved[-2], _lse(ctx, saved), options, changes)
-    return dout, dlse if _was_asked_for_lse(ctx) else torch.zeros_like(saved[-1])
+    lse, asked = _lse(ctx, saved)
+    dout, dlse = forward_mode.tangents(*saved[:3], saved[-2], lse, options, changes)
+    return dout, dlse if asked else torch.zeros_like(saved[-1])
 
 
 class _EagerAttention(torch.autograd.Function):

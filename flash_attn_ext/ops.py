@@ -49,6 +49,11 @@ class Family(NamedTuple):
         places = tuple(3 + options.index(name) for name in differentiable)
         return cls(options, tensors, differentiable, places, 3 + len(tensors), 3 + len(options))
 
+    @property
+    def numbers(self) -> int:
+        """How many options are no tensors; return_lse follows them."""
+        return self.return_lse - self.first_number
+
     def read(self, arguments: tuple) -> tuple[Options, tuple]:
         """The options that stand first in `arguments`, and the rest."""
         count = len(self.options)

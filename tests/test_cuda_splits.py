@@ -7,11 +7,13 @@ import torch
 from conftest import EMULATED
 
 import flash_attn_ext as fae
+from flash_attn_ext import dispatch
 
 
 @pytest.mark.parametrize("extended", [False, True], ids=["plain", "extended"])
-def test_ranges_of_keys(extended, caplog, emulator):
+def test_ranges_of_keys(extended, caplog, emulator, monkeypatch):
     """As many as the config says; chosen for few queries and many keys; never for batch_invariant."""
+    monkeypatch.setattr(dispatch, "_logged", set())
     q, (k, v) = torch.randn(2, 3, 4, 40).half(), torch.randn(2, 2, 900, 2, 40).half()
     options = {"causal": True, "backend": EMULATED.backend}
     if extended:

@@ -43,7 +43,7 @@ struct Plan {
   // Backward, in this order.
   Launch row_stats, key_grad, query_grad, round_query_grad, bias_grad, head_grad;
   int64_t rows_padded = 0;  // of a sequence's head, see Partials and RowStats
-  int64_t stats_rows = 0;   // of all, see RowStats
+  int64_t stats_rows = 0;   // of all
   int64_t dim_padded = 0;
   size_t workspace_bytes = 0;
 };

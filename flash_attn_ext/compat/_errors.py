@@ -25,6 +25,8 @@ def as_runtime_errors(function: Callable[Arguments, Result]) -> Callable[Argumen
     def wrapped(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
         try:
             return function(*arguments, **options)
+        except RuntimeError:  # one of these from a function within, or NotImplementedError
+            raise
         except ValueError as error:
             raise WrongValueError(str(error)) from error
         except TypeError as error:

@@ -107,10 +107,9 @@ def apply_rotary_emb_qkv_(
             f"num_heads_q, got {tuple(qkv.shape)} and num_heads_q {num_heads_q}"
         )
     tables = [(cos, sin), (cos if cos_k is None else cos_k, sin if sin_k is None else sin_k)]
-    heads = [num_heads_q, others // 2, others // 2]
 
     def turn(t: Tensor, back: bool) -> None:
-        parts = t.unbind(2) if packed else t.split(heads, 2)
+        parts = t.unbind(2) if packed else t.split([num_heads_q, others // 2, others // 2], 2)
         for part, (c, s) in zip(parts, tables, strict=False):
             apply_rotary_emb(part, c, -s if back else s, interleaved, True, seqlen_offsets)
 
