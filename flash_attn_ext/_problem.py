@@ -28,6 +28,11 @@ def no_autocast(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
+def split(t: Tensor, axis: int, sizes: tuple[int, ...]) -> Tensor:
+    """`t.unflatten(axis, sizes)`, which batched derivatives in forward mode do not know."""
+    return t.view(*t.shape[:axis], *sizes, *t.shape[axis + 1 :])
+
+
 def heads_first(t: Tensor, layout: int) -> Tensor:
     """A rank 4, 3 or 2 tensor in `layout` as a (batch, heads, seq, dim) view."""
     if t.dim() == 2:
@@ -60,7 +65,7 @@ def _scores_view(t: Tensor | None, heads: tuple[int, int]) -> Tensor | None:
     if t is None:
         return None
     t = t[(None,) * (4 - t.dim())]
-    return t[:, None] if t.shape[1] == 1 else t.unflatten(1, heads)
+    return t[:, None] if t.shape[1] == 1 else split(t, 1, heads)
 
 
 @dataclass
@@ -102,16 +107,16 @@ class Problem:
             highest = diagonal if highest is None else min(highest, diagonal)
         slopes, sinks, labels, bounds = o.alibi_slopes, o.sinks, o.row_labels, o.key_bounds
         if slopes is not None:
-            slopes = (slopes if slopes.dim() == 2 else slopes[None]).unflatten(1, heads)[..., None, None]
+            slopes = split(slopes if slopes.dim() == 2 else slopes[None], 1, heads)[..., None, None]
         return cls(
-            q=q.unflatten(1, heads) if heads_kv else q[:, :, None],
+            q=split(q, 1, heads) if heads_kv else q[:, :, None],
             k=k,
             v=v,
             mask=_scores_view(o.mask, heads),
             bias=_scores_view(o.bias, heads),
             kv_lengths=None if o.kv_lengths is None else o.kv_lengths[:, None, None, None, None],
             slopes=slopes,
-            sinks=None if sinks is None else sinks.unflatten(0, heads)[..., None, None],
+            sinks=None if sinks is None else split(sinks, 0, heads)[..., None, None],
             labels=None if labels is None else labels[:, :, None, None, :, None],
             bounds=None if bounds is None else bounds[:, :, None, None, None],
             mask_block=(o.mask_block_q, o.mask_block_kv),
@@ -131,7 +136,7 @@ class Problem:
 
     def rows(self, t: Tensor) -> Tensor:
         """A (batch, heads_q, seq_q, ...) tensor with its heads split like q's."""
-        return t.unflatten(1, tuple(self.q.shape[1:3]))
+        return split(t, 1, tuple(self.q.shape[1:3]))
 
     def visible_keys(self, q_begin: int, q_end: int) -> tuple[int, int]:
         """Keys that at least one of these queries may see, by the band alone."""
@@ -188,7 +193,7 @@ class Problem:
         batch, heads_kv, group = self.q.shape[:3]
         batches = range(self.first_batch, self.first_batch + batch)
         place = (batches, range(heads_kv * group), range(q_begin, q_end), range(k_begin, k_end))
-        return keep_tile(self.dropout_key, self.dropout_p, *place).unflatten(1, (heads_kv, group))
+        return split(keep_tile(self.dropout_key, self.dropout_p, *place), 1, (heads_kv, group))
 
     @property
     def dropout_scale(self) -> float:
@@ -204,8 +209,9 @@ class Part(NamedTuple):
     keys: slice
 
 
-def parts(q: Tensor, k: Tensor, v: Tensor, options: Options) -> list[Part]:
-    """A call as problems: one, or one for each packed sequence. Everything in them is a view.
+def parts(q: Tensor, k: Tensor, v: Tensor, options: Options, only: int | None = None) -> list[Part]:
+    """A call as problems: one, or one for each packed sequence (or just sequence `only`). Everything in
+    them is a view.
 
     Raises:
         ValueError: cu_seqlens_q or cu_seqlens_k holds what cannot be. To read them waits for their device.
@@ -217,6 +223,8 @@ def parts(q: Tensor, k: Tensor, v: Tensor, options: Options) -> list[Part]:
     all_keys = _sequences("cu_seqlens_k", options.cu_seqlens_k, k.shape[2], options.max_seqlen_k)
     found = []
     for b, (queries, keys) in enumerate(zip(all_queries, all_keys, strict=True)):
+        if only not in (None, b):
+            continue
         own = _options_of(options, b, queries.stop - queries.start, keys.stop - keys.start)
         tensors = (t[:, :, place] for t, place in ((q, queries), (k, keys), (v, keys)))
         found.append(Part(Problem.make(*tensors, own, b), queries, keys))
@@ -272,12 +280,13 @@ def tile_of(t: Tensor, q_begin: int, q_end: int, k_begin: int, k_end: int) -> Te
 
 def fold(t: Tensor) -> Tensor:
     """(batch, heads_kv, group, rows, n) -> (batch, heads_kv, group * rows, n): a group shares its keys."""
-    return t.flatten(2, 3)
+    batch, heads_kv, group, rows, n = t.shape
+    return t.reshape(batch, heads_kv, group * rows, n)
 
 
 def unfold(t: Tensor, group: int) -> Tensor:
     """`fold` undone."""
-    return t.unflatten(2, (group, t.shape[2] // group))
+    return split(t, 2, (group, t.shape[2] // group))
 
 
 def is_finite(t: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""First-order derivatives and autocast of the attention operators, and notice of what they write into."""
+"""Derivatives and autocast of the attention operators, and notice of what they write into."""
 
 from __future__ import annotations
 
@@ -9,31 +9,8 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 
-from . import forward_mode, ops
+from . import forward_mode, ops, second_order
 from ._problem import AUTOCAST_DEVICES
-
-
-class _RefuseSecondOrder(torch.autograd.Function):
-    """Passes the first `count` tensors on; differentiating them again raises."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(count, *tensors):
-        return tuple(t.view_as(t) for t in tensors[:count])
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise NotImplementedError(
-            "second-order gradients of flash attention are not implemented: "
-            "use backend='standard' where a gradient of a gradient is needed"
-        )
-
-    jvp = backward
 
 
 def _save(ctx, operators: ops.Operators, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -52,30 +29,29 @@ def _lse(ctx, saved: tuple[Tensor, ...]) -> tuple[Tensor, bool]:
     numbers = operators.family.numbers
     if rest[numbers]:
         return saved[-1], True
-    return operators.forward(*saved[:-2], *rest[:numbers], True, *rest[numbers + 1 :])[1], False
+    # Of the operator that is differentiable where derivatives of the gradients may be asked for.
+    again = operators.attention if torch.is_grad_enabled() else operators.forward
+    return again(*saved[:-2], *rest[:numbers], True, *rest[numbers + 1 :])[1], False
 
 
 def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, offset: int = 0) -> tuple[Tensor | None, ...]:
     """One gradient or None for each argument of the forward operator, which stand `offset` places later
     among what the autograd function was given."""
-    operators, rest, needed = ctx.operators, ctx.rest, ctx.needs_input_grad
-    family = operators.family
+    family, needed = ctx.operators.family, ctx.needs_input_grad
     saved = ctx.saved_tensors
-    q, k, v = saved[:3]
     out = saved[-2]
     lse, asked = _lse(ctx, saved)
-    options = saved[3:-2] + rest[: family.numbers]
-    own = rest[family.numbers + 1 :]
     if not asked:
         dlse = None
     if dout is None:
         dout = torch.zeros_like(out)
-    needs = [needed[place + offset] for place in family.places]
-    grads = operators.backward(dout, dlse, q, k, v, out, lse, *options, *needs, *own)
-    if torch.is_grad_enabled():  # create_graph: whoever differentiates these gradients is told
-        sources = (dout, q, k, v, *(saved[place] for place in family.places))
-        grads = _RefuseSecondOrder.apply(len(grads), *(g.detach() for g in grads), *sources)
-    result: list[Tensor | None] = [None] * (offset + len(saved) - 2 + len(rest))
+    needs = tuple(needed[place + offset] for place in family.places)
+    call = second_order.Call(ctx.operators, ctx.rest, needs)
+    sources = (dout, dlse, *saved[:-1], lse)
+    grads = call.backward(dout, dlse, sources)
+    if torch.is_grad_enabled():  # create_graph: these gradients may be differentiated
+        grads = second_order.differentiable(grads, call, sources)
+    result: list[Tensor | None] = [None] * (offset + len(saved) - 2 + len(ctx.rest))
     result[offset : offset + 3] = grads[:3]
     for n, place in enumerate(family.places):
         if needs[n]:
@@ -85,6 +61,7 @@ def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, offset: int = 0) ->
 
 def _tangents(ctx, operators: None, *given: Tensor | None) -> tuple[Tensor, Tensor]:
     """Those of (out, lse); `given`: of each argument of the forward operator."""
+    forward_mode.check_nesting()
     family = ctx.operators.family
     saved = ctx.saved_tensors
     options, _ = family.read((*saved[3:-2], *ctx.rest))

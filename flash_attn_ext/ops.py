@@ -18,6 +18,7 @@ more than a small attention; tracing (compile, export, torch.func) sees `attenti
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -112,7 +113,8 @@ for _name, _family in (("portable", PLAIN_FAMILY), ("portable_extended", EXTENDE
         _library.impl(_name + _end, _kernel, "CompositeExplicitAutograd")
 
 
-class Operators(NamedTuple):
+@dataclass(frozen=True)  # not a tuple: torch.func would take it apart
+class Operators:
     """The operators of one family and backend. What a backend wants to be told beyond the options (block
     sizes, determinism) follows as the last arguments of each."""
 

@@ -74,7 +74,7 @@ class Tiles:
         """Scores (batch, heads_kv, group, queries, keys), -inf where hidden; which are visible
         (None: all); and the slope of the softcap there (None without one)."""
         p = self.problem
-        s = unfold(fold(q) @ k.mT, q.shape[2]).mul_(p.scale)
+        s = unfold((fold(q) @ k.mT).mul_(p.scale), q.shape[2])
         slope = None
         if p.softcap:
             t = s.div_(p.softcap).tanh_()

@@ -190,14 +190,6 @@ def test_gradients_of_some_inputs(wanted, extended_target):
         assert torch.equal(grad, every[n])
 
 
-def test_second_derivatives_are_refused(extended_target):
-    inputs = leaves()
-    grads = torch.autograd.grad(model(*inputs, extended_target.backend), inputs, create_graph=True)
-    for grad in grads[3:]:
-        with pytest.raises(NotImplementedError, match="second-order"):
-            torch.autograd.grad(grad.square().sum(), inputs[0], retain_graph=True)
-
-
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", ["alibi_slopes", "sinks"])
 def test_out_and_grad_and_changes(name, extended_target):

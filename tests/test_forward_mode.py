@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.autograd import forward_ad
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
 import flash_attn_ext as fae
 from flash_attn_ext import ops
@@ -189,20 +189,29 @@ def test_dual_numbers_keep_their_graph(any_backend):
     assert torch.equal(primal, plain) and torch.equal(dv, torch.autograd.grad(plain.sum(), v)[0])
 
 
-def test_derivatives_of_derivatives(any_backend):
-    """Of tangents they are right; of gradients they are refused, not wrong."""
+def test_gradients_of_tangents(any_backend):
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 3, 2, 4, dtype=torch.float64) for _ in range(3))
 
     def total(x, backend=any_backend):
         return fae.flash_attention(x, k, v, backend=backend).square().sum()
 
-    with pytest.raises(NotImplementedError, match="second-order gradients"):
-        hessian(total)(q)
     got, want = (
         grad(lambda x, b=b: jvp(lambda y: total(y, b), (x,), (q,))[1])(q) for b in (any_backend, "standard")
     )
     torch.testing.assert_close(got, want)
+
+
+def test_batched_tangents(any_backend):
+    """As torch.autograd's own jacobian makes them, which is not torch.func."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 5, 2, 4, dtype=torch.float64) for _ in range(3))
+
+    def call(x):
+        return fae.flash_attention(x, k, v, True, alibi_slopes=torch.tensor([0.5, 0.1]), backend=any_backend)
+
+    got = torch.autograd.functional.jacobian(call, q, vectorize=True, strategy="forward-mode")
+    torch.testing.assert_close(got, torch.autograd.functional.jacobian(call, q))
 
 
 @pytest.mark.parametrize("return_lse", [False, True], ids=["out", "out and lse"])

@@ -56,6 +56,9 @@ MEASURE = textwrap.dedent(
             out = fae.flash_attention_varlen(*packed, *cu, causal=causal, backend=backend)[None]
             return out, torch.autograd.grad(out, qkv, dout) if backward else ()
         out = fae.flash_attention(*qkv, causal=causal, backend=backend, **extra)
+        if option == "gradients of gradients":
+            first = torch.autograd.grad(out, qkv, dout, create_graph=True)
+            return out, torch.autograd.grad(first, qkv, [torch.ones_like(g) for g in first])
         return out, torch.autograd.grad(out, [x for x in qkv if x.requires_grad], dout) if backward else ()
 
     small, extra = tensors(64, 64)
@@ -110,6 +113,11 @@ def test_small(backend, backward, option):
 def test_what_the_extended_operators_take(backend, option):
     """Not even a bool of every score, 36 MiB, forward or backward."""
     assert extra_bytes(6144, backward=True, backend=backend, option=option) < 34 * MIB
+
+
+def test_second_order():
+    """Tiles of 512 x 512 with all that their derivatives need; one matrix of scores would be 144 MiB."""
+    assert extra_bytes(6144, backward=True, option="gradients of gradients") < 128 * MIB
 
 
 @pytest.mark.parametrize("option", ["expanded", "strided", "transposed"])
