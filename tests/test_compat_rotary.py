@@ -128,3 +128,81 @@ def test_positions_that_the_table_lacks():
         rotary.apply_rotary_emb(x, angles(torch.arange(4), 4).cos(), table.sin())
     with pytest.raises(ValueError, match="x must be"):
         rotary.apply_rotary_emb(x[0], table.cos(), table.sin())
+
+
+def module_tables(seq, dim, scale_base):
+    """cos and sin of RotaryEmbedding(dim), and what queries and keys are multiplied with."""
+    pairs = torch.arange(dim // 2, dtype=torch.float64)
+    table = torch.outer(torch.arange(seq, dtype=torch.float64), 10000 ** (-2 * pairs / dim))
+    if scale_base is None:
+        return table.cos(), table.sin(), torch.ones_like(table)
+    power = (torch.arange(seq, dtype=torch.float64) - seq // 2) / scale_base
+    return table.cos(), table.sin(), ((2 * pairs + 0.4 * dim) / (1.4 * dim)) ** power[:, None]
+
+
+@pytest.mark.parametrize("scale_base", [None, 512.0])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+def test_module(interleaved, scale_base):
+    torch.manual_seed(0)
+    module = rotary.RotaryEmbedding(6, interleaved=interleaved, scale_base=scale_base)
+    assert not module.state_dict()
+    cos, sin, scale = module_tables(9, 6, scale_base)
+
+    def expected(x, by, first=0):
+        rows = slice(first, first + x.shape[1])
+        return turned(x, (cos * by)[rows], (sin * by)[rows], interleaved).float()
+
+    qkv = torch.randn(2, 9, 3, 4, 8)
+    q, k, v = qkv.clone().unbind(2)
+    assert module(qkv) is qkv
+    want = (expected(q, scale), expected(k, 1 / scale), v)
+    torch.testing.assert_close(qkv, torch.stack(want, 2))
+
+    grouped = torch.randn(2, 9, 4 + 2 * 2, 8)
+    q, k, v = grouped.clone().split([4, 2, 2], 2)
+    torch.testing.assert_close(
+        module(grouped, num_heads_q=4), torch.cat((expected(q, scale), expected(k, 1 / scale), v), 2)
+    )
+
+    # With offsets, which need tables of nine positions as well.
+    offset = 4
+    q, kv = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 4, 8)
+    want = (
+        expected(q, scale, offset),
+        torch.stack((expected(kv[:, :, 0], 1 / scale, offset), kv[:, :, 1]), 2),
+    )
+    for given in (dict(seqlen_offset=4), dict(seqlen_offset=torch.tensor([4, 4]), max_seqlen=9)):
+        got = module(q.clone(), kv.clone(), **given)
+        torch.testing.assert_close(got, want)
+
+
+def test_module_tables_follow_dtype_and_length():
+    module = rotary.RotaryEmbedding(8)
+    with pytest.raises(ValueError, match="max_seqlen"):
+        module(torch.randn(1, 4, 3, 2, 8), seqlen_offset=torch.tensor([3]))
+    for seq, dtype in ((4, torch.float32), (16, torch.float32), (3, torch.bfloat16), (5, torch.float64)):
+        qkv = torch.randn(1, seq, 3, 2, 8, dtype=dtype)
+        cos, sin, _ = module_tables(seq, 8, None)
+        want = turned(qkv[:, :, 0], cos, sin, False).to(dtype)
+        # Tables of bfloat16, and angles of float32.
+        tolerance = dict(rtol=0.03, atol=0.03) if dtype == torch.bfloat16 else dict(rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(module(qkv.clone())[:, :, 0], want, **tolerance)
+    module.bfloat16()  # the angles stay precise
+    cos, sin, _ = module_tables(3000, 8, None)
+    qkv = torch.randn(1, 3000, 3, 2, 8)
+    want = turned(qkv[:, :, 0], cos, sin, False).float()
+    torch.testing.assert_close(module(qkv.clone())[:, :, 0], want, rtol=1e-3, atol=1e-3)
+
+
+def test_module_gradients():
+    module = rotary.RotaryEmbedding(4, scale_base=8.0)
+    qkv = torch.randn(1, 3, 3, 2, 6, requires_grad=True)
+    x = qkv * 1.0
+    direction = torch.randn(1, 3, 3, 2, 6)
+    (got,) = torch.autograd.grad(module(x), qkv, direction)
+    cos, sin, scale = module_tables(3, 4, 8.0)
+    back = [
+        turned(d, cos * by, -sin * by, False).float()
+        for d, by in zip(direction.unbind(2), (scale, 1 / scale), strict=False)
+    ]
+    torch.testing.assert_close(got, torch.stack((*back, direction[:, :, 2]), 2))

@@ -10,6 +10,7 @@ from torch import Tensor
 from .._cache_call import rotate
 
 __all__ = [
+    "RotaryEmbedding",
     "apply_rotary_emb",
     "apply_rotary_emb_func",
     "apply_rotary_emb_kv_",
@@ -127,6 +128,109 @@ def apply_rotary_emb_kv_(
         apply_rotary_emb(t[:, :, 0], cos, -sin if back else sin, interleaved, True, seqlen_offsets)
 
     return _in_place(kv, turn)
+
+
+class RotaryEmbedding(torch.nn.Module):
+    """The angles of a head's pairs, and their application to queries and keys in place.
+
+    Pair p of position i is turned by i * base ** (-2 p / dim). With `scale_base` (xPos: Sun et al., 2022,
+    arXiv:2212.10554) its query is also scaled by ((2 p + 0.4 dim) / (1.4 dim)) ** ((i - n // 2) / scale_base),
+    where n positions have tables, and its key by the inverse.
+
+    Args:
+        dim: how many elements of a head are turned; even.
+        base: of the wave lengths.
+        interleaved: see `apply_rotary_emb`.
+        scale_base: None, or positions per power; 512 is usual.
+        device: of the buffers.
+
+    Example:
+        >>> rotary = RotaryEmbedding(32)
+        >>> rotary(torch.randn(2, 16, 3, 4, 64)).shape
+        torch.Size([2, 16, 3, 4, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        base: float = 10000.0,
+        interleaved: bool = False,
+        scale_base: float | None = None,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        self.dim, self.base, self.interleaved, self.scale_base = dim, float(base), interleaved, scale_base
+        self.register_buffer("inv_freq", self._compute_inv_freq(device), persistent=False)
+        even = torch.arange(0, dim, 2, device=device, dtype=torch.float32)
+        scale = None if scale_base is None else (even + 0.4 * dim) / (1.4 * dim)
+        self.register_buffer("scale", scale, persistent=False)
+        self._seq_len_cached = 0
+        # Tables (positions, dim / 2); the keys have their own where there is a scale.
+        self._cos_cached = self._sin_cached = self._cos_k_cached = self._sin_k_cached = None
+
+    def _compute_inv_freq(self, device: torch.device | str | None = None) -> Tensor:
+        even = torch.arange(0, self.dim, 2, device=device, dtype=torch.float32)
+        return self.base ** (-even / self.dim)
+
+    def _update_cos_sin_cache(
+        self, seqlen: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """Tables for so many positions, unless they are there."""
+        have = self._cos_cached
+        usable = have is not None and have.device == torch.device(device or "cpu") and have.dtype == dtype
+        if usable and seqlen <= self._seq_len_cached and not (self.training and have.is_inference()):
+            return
+        self._seq_len_cached = seqlen
+        # Angles are large numbers: float32 also where a model was cast to something narrower.
+        inv_freq = self.inv_freq if self.inv_freq.dtype == torch.float32 else self._compute_inv_freq()
+        position = torch.arange(seqlen, device=device, dtype=torch.float32)
+        angles = position[:, None] * inv_freq.to(position.device)
+        cos, sin = angles.cos(), angles.sin()
+        if self.scale is None:
+            self._cos_cached, self._sin_cached = cos.to(dtype), sin.to(dtype)
+            return
+        power = (position - seqlen // 2) / self.scale_base
+        scale = self.scale.to(position.device, torch.float32) ** power[:, None]
+        self._cos_cached, self._sin_cached = (cos * scale).to(dtype), (sin * scale).to(dtype)
+        self._cos_k_cached, self._sin_k_cached = (cos / scale).to(dtype), (sin / scale).to(dtype)
+
+    def forward(
+        self,
+        qkv: Tensor,
+        kv: Tensor | None = None,
+        seqlen_offset: int | Tensor = 0,
+        max_seqlen: int | None = None,
+        num_heads_q: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Turns queries and keys in place.
+
+        Args:
+            qkv: as for `apply_rotary_emb_qkv_`; with `kv` the queries (batch, seq, heads, dim).
+            kv: (batch, seq, 2, heads, dim).
+            seqlen_offset: the position of the first row: one for all, or integers (batch,) with `max_seqlen`.
+            max_seqlen: positions that tables are made for.
+            num_heads_q: as for `apply_rotary_emb_qkv_`.
+
+        Returns:
+            qkv; or (qkv, kv).
+
+        Raises:
+            ValueError: shapes that do not fit; offsets in a tensor, and nothing tells how long tables must be.
+        """
+        if max_seqlen is None and isinstance(seqlen_offset, int):
+            max_seqlen = qkv.shape[1] + seqlen_offset
+        if max_seqlen is not None:
+            self._update_cos_sin_cache(max_seqlen, qkv.device, qkv.dtype)
+        elif self._cos_cached is None:
+            raise ValueError("max_seqlen must be given with a tensor of seqlen_offset: it sizes the tables")
+        queries = (self._cos_cached, self._sin_cached)
+        keys = queries if self.scale is None else (self._cos_k_cached, self._sin_k_cached)
+        if kv is None:
+            return apply_rotary_emb_qkv_(
+                qkv, *queries, *keys, self.interleaved, seqlen_offset, num_heads_q=num_heads_q
+            )
+        turned = apply_rotary_emb(qkv, *queries, self.interleaved, True, seqlen_offset)
+        return turned, apply_rotary_emb_kv_(kv, *keys, self.interleaved, seqlen_offset)
 
 
 class _InPlace(torch.autograd.Function):
