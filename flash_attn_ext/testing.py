@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import _cache_call, _cuda, autograd, fake, ops
+from . import _cache_call, _cuda, autograd, batching, fake, ops
 from ._philox import call_key, draw_state, keep_tile
 
 BACKEND = "cuda_emulated"
@@ -48,6 +48,7 @@ def load_emulator(library: str | Path | None = None) -> None:
         operators = ops.named(name, family)
         fake.register(operators)
         autograd.register(operators)
+        batching.register(operators)
         by_backend[BACKEND] = operators
     kvcache = torch.ops.flash_attn_ext.emulated_kvcache.default
     torch.library.register_fake(kvcache, _cache_call.fake)

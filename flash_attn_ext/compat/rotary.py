@@ -133,8 +133,8 @@ def apply_rotary_emb_kv_(
 class RotaryEmbedding(torch.nn.Module):
     """The angles of a head's pairs, and their application to queries and keys in place.
 
-    Pair p of position i is turned by i * base ** (-2 p / dim). With `scale_base` (xPos: Sun et al., 2022,
-    arXiv:2212.10554) its query is also scaled by ((2 p + 0.4 dim) / (1.4 dim)) ** ((i - n // 2) / scale_base),
+    Pair p of position i is turned by i * base ** (-2 p / dim). With `scale_base` (xPos, Sun et al., 2022,
+    arXiv:2212.10554) its query is also scaled by ((2 p / dim + 0.4) / 1.4) ** ((i - n // 2) / scale_base),
     where n positions have tables, and its key by the inverse.
 
     Args:
@@ -215,7 +215,7 @@ class RotaryEmbedding(torch.nn.Module):
             qkv; or (qkv, kv).
 
         Raises:
-            ValueError: shapes that do not fit; offsets in a tensor, and nothing tells how long tables must be.
+            ValueError: shapes that do not fit; offsets in a tensor, and no max_seqlen at the first call.
         """
         if max_seqlen is None and isinstance(seqlen_offset, int):
             max_seqlen = qkv.shape[1] + seqlen_offset
