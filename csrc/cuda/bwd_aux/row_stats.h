@@ -96,10 +96,10 @@ class RowStatsKernel {
   }
 
   static FAE_DEVICE_COLD bool sees_any(const Params& params, int batch, int head_kv, int packed_row) {
-    ScoreTile row = single_row(params.call.problem, params.scale, BlockSequence(params.call.problem, batch),
-                               head_kv, packed_row);
+    const BlockSequence sequence(params.call.problem, batch);
+    ScoreTile row = single_row(params.call.problem, params.scale, sequence, head_kv, packed_row);
     const int i = row.rows.query(0);
-    const KeyRange seen = visible_keys(row.band.value, row.kv_length, i, i + 1);
+    const KeyRange seen = visible_keys(sequence.band(), sequence.kv_length, i, i + 1);
     if (seen.empty()) return false;  // and it may lie beyond 32 bits
     bool any = false;
     for (int j = int(seen.begin) + lane_index(); j < seen.end && !any; j += kWarpSize) {
@@ -119,12 +119,12 @@ class RowStatsKernel {
     const BlockSequence sequence(p, batch);
     const ScoreTile row = single_row(p, params.scale, sequence, head_kv, packed_row);
     const int i = row.rows.query(0);
-    const int64_t query = p.q.offset(batch, row.head + row.rows.head(0), sequence.first_query + i);
-    const KeyRange seen = visible_keys(row.band.value, row.kv_length, i, i + 1);
+    const int64_t query = p.q.offset(batch, row.sequence.head() + row.rows.head(0), sequence.first_query + i);
+    const KeyRange seen = visible_keys(sequence.band(), sequence.kv_length, i, i + 1);
     const int64_t end = kModified && seen.empty() ? 0 : seen.end;  // a row of a sink alone
     Partial part{kHidden, 0};
     if (kModified && p.score.sinks.present() && lane_index() == 0) {
-      const float sink = load_head_value(p.score.sinks, batch, row.head + row.rows.head(0));
+      const float sink = load_head_value(p.score.sinks, batch, row.sequence.head() + row.rows.head(0));
       if (sink != kHidden) part = {sink, 1};
     }
     for (int j = int(seen.begin) + lane_index(); j < end; j += kWarpSize) {

@@ -138,9 +138,8 @@ class BiasGrad {
         else multiply_rows<T>(ds, rows, row, TileKV{slot}, 0, params_.fast_fp32);
       }
       // One head: rows are queries, and the statistics lie a group apart.
-      ScoreTile tile{p_,      params_.scale,         at.sequence.batch,
-                     at.head, PackedRows(),          query_count(at),
-                     at.key,  at.sequence.kv_length, band_of(at.sequence)};
+      ScoreTile tile{p_,           params_.scale,   tile_sequence(at.sequence, at.head),
+                     PackedRows(), query_count(at), at.key};
       tile.rows.query_begin = at.query;
       constexpr FragC(*no_slope)[kTileKV / 8] = nullptr;
       score_gradients<true>(s, ds, no_slope, load_stats(at, row), tile, row,

@@ -51,19 +51,17 @@ class Forward {
     const Work work = work_of(int(block_index()));
     slice_ = work.slice;
     const BlockSequence sequence(p_, work.unit / p_.heads_kv);
-    batch_ = sequence.batch;
-    kv_length_ = sequence.kv_length;
-    head_kv_ = int(work.unit % p_.heads_kv);
+    const int head_kv = int(work.unit % p_.heads_kv);
     row_begin_ = work.tile * kTileQ;
     const int left = sequence.seq_q * int(p_.group()) - row_begin_;
     row_count_ = left < kTileQ ? left : kTileQ;
     if (row_count_ <= 0) return;  // past the end of its sequence
-    sequence_.write(p_, sequence, head_kv_);
+    sequence_.write(p_, sequence, head_kv);
     rows_ = PackedRows(row_begin_, p_.group());
     query_end_ = rows_.query(row_count_ - 1) + 1;
-    KeyRange keys = visible_keys(sequence.band(), kv_length_, rows_.query_begin, query_end_);
+    KeyRange keys = visible_keys(sequence.band(), sequence.kv_length, rows_.query_begin, query_end_);
     if (p_.masking.has_ranges()) {
-      keys = trim_keys<kThreads>(p_, batch_, head_kv_, rows_.query_begin, query_end_, keys);
+      keys = trim_keys<kThreads>(p_, sequence.batch, head_kv, rows_.query_begin, query_end_, keys);
     }
     if (keys.empty()) return;
     key_end_ = int(keys.end);
@@ -95,7 +93,6 @@ class Forward {
     key_end_ = end < key_end_ ? end : key_end_;
   }
 
-  FAE_DEVICE int head_q() const { return head_kv_ * int(p_.group()); }
   FAE_DEVICE TileQ resident_q() const { return {smem_}; }
   FAE_DEVICE int steps() const { return kSplit ? int((p_.dim + kDim - 1) / kDim) : 1; }
   FAE_DEVICE int column_v() const { return slice_ * kDim; }
@@ -109,13 +106,13 @@ class Forward {
     if (load_key_ >= key_end_) return;
     const int count = key_end_ - load_key_ < kTileKV ? key_end_ - load_key_ : kTileKV;
     if (load_step_ < steps()) {
-      load_keys<kThreads>(TileKV{slot}, sequence_.k(p_), p_.k, p_, sequence_, batch_, load_key_, count,
+      load_keys<kThreads>(TileKV{slot}, sequence_.k(p_), p_.k, p_, sequence_, load_key_, count,
                           load_step_ * kDim, int(p_.dim), params_.vector.k);
       if constexpr (kSplit) load_q(TileQ{slot + TileKV::kBytes}, load_step_ * kDim);
       ++load_step_;
     } else {
-      load_keys<kThreads>(TileKV{slot}, sequence_.v(p_), p_.v, p_, sequence_, batch_, load_key_, count,
-                          column_v(), int(p_.dim_v), params_.vector.v);
+      load_keys<kThreads>(TileKV{slot}, sequence_.v(p_), p_.v, p_, sequence_, load_key_, count, column_v(),
+                          int(p_.dim_v), params_.vector.v);
       load_step_ = 0;
       load_key_ += kTileKV;
     }
@@ -158,8 +155,8 @@ class Forward {
         if (seen) multiply_rows<T>(s, q, row, TileKV{slot}, 0, params_.fast_fp32);
       }
       if (seen) {
-        const bool partial = classify(sequence_.band(), kv_length_, rows_.query_begin, query_end_, key,
-                                      key + kTileKV) != TileClass::kFull;
+        const bool partial = classify(sequence_.band(), sequence_.kv_length(), rows_.query_begin, query_end_,
+                                      key, key + kTileKV) != TileClass::kFull;
         const bool masked = mask_class == TileClass::kPartial;
         if (kModified || partial || masked) {
           finish_scores<kModified, false>(s, no_slope, tile, row, 0, partial, masked);
@@ -186,14 +183,14 @@ class Forward {
     for (int m = 0; m < kM; ++m) {
       FAE_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const int head = head_q() + rows_.head(row + 16 * m + 8 * half + lane_index() / 4);
-        softmax.begin_with(load_head_value(p_.score.sinks, batch_, head), m, half);
+        const int head = sequence_.head_q() + rows_.head(row + 16 * m + 8 * half + lane_index() / 4);
+        softmax.begin_with(load_head_value(p_.score.sinks, sequence_.batch(), head), m, half);
       }
     }
   }
 
   FAE_DEVICE ScoreTile score_tile(int key) const {
-    return {p_, params_.scale, batch_, head_q(), rows_, row_count_, key, kv_length_, band_of(sequence_)};
+    return {p_, params_.scale, tile_sequence(sequence_), rows_, row_count_, key};
   }
 
   FAE_DEVICE void store(FragC (&out)[kM][kDim / 8], const OnlineSoftmax<kM>& softmax, int row) {
@@ -208,13 +205,14 @@ class Forward {
         const float sum = softmax.sum[m][half];
         const float factor = result_factor<kModified>(p_.dropout, sum);
         const int r = row + 16 * m + 8 * half + g;
+        const LaneChunk pair = lane_pair(staging, r);
         float probe = sum - sum;  // 0 when everything is finite
         FAE_UNROLL
         for (int n = 0; n < kDim / 8; ++n) {
           const float x = out[m][n][2 * half] * factor;
           const float y = out[m][n][2 * half + 1] * factor;
           probe += (x - x) + (y - y);
-          store_pair(staging, r, 8 * n + 2 * t, x, y);
+          store_pair<TileQ>(pair, n, x, y);
         }
         const bool exact = repair(staging, row + 16 * m + 8 * half, warp_ballot(probe != 0));
         if (t == 0 && !exact && slice_ == 0 && r < row_count_) {
@@ -223,7 +221,8 @@ class Forward {
       }
     }
     warp_barrier();
-    const RowSource<T> target(params_.call.out, batch_, head_q(), sequence_.first_query());
+    const RowSource<T> target(params_.call.out, sequence_.batch(), sequence_.head_q(),
+                              sequence_.first_query());
     store_rows<kRowsOfWarp>(staging, target, rows_, row, row_count_, column_v(), int(p_.dim_v),
                             params_.vector.out);
   }
@@ -237,16 +236,16 @@ class Forward {
       bad &= ~(0xfu << (4 * quad));
       mine |= quad == lane_index() / 4;
       if (r >= row_count_) continue;
-      const double lse = exact_output_row<T, kModified, kDim>(params_, batch_, head_kv_, row_begin_ + r,
-                                                              column_v(), staging, r);
+      const double lse = exact_output_row<T, kModified, kDim>(params_, sequence_.batch(), sequence_.head_kv(),
+                                                              row_begin_ + r, column_v(), staging, r);
       if (lane_index() == 0 && slice_ == 0) store_lse_of(r, lse);
     }
     return mine;
   }
 
   FAE_DEVICE void store_lse_of(int r, double lse) const {
-    store_lse<T>(params_.call.lse, batch_, head_q() + rows_.head(r), sequence_.first_query() + rows_.query(r),
-                 lse);
+    store_lse<T>(params_.call.lse, sequence_.batch(), sequence_.head_q() + rows_.head(r),
+                 sequence_.first_query() + rows_.query(r), lse);
   }
 
   // Of a range of keys, as it is: see MergePartials.
@@ -280,8 +279,6 @@ class Forward {
   const Problem& p_;
   const Smem<std::byte> smem_;
   const SharedSequence<T> sequence_;
-  int batch_, head_kv_;
-  int kv_length_;
   int slice_;      // of the output's columns
   int row_begin_;  // first packed row of the block
   int row_count_;  // rows of its tile that exist

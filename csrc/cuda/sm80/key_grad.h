@@ -61,19 +61,17 @@ class KeyGrad {
     const int64_t unit = place.unit / slices;
     slice_ = int(place.unit % slices);
     const BlockSequence sequence(p_, unit / p_.heads_kv);
-    batch_ = sequence.batch;
-    kv_length_ = sequence.kv_length;
-    head_kv_ = int(unit % p_.heads_kv);
+    const int head_kv = int(unit % p_.heads_kv);
     key_ = int(place.tile * kTileKV);
     key_count_ = sequence.seq_kv - key_ < kTileKV ? sequence.seq_kv - key_ : kTileKV;
     if (key_count_ <= 0) return;  // past the end of its sequence
-    sequence_.write(p_, sequence, head_kv_, params.call.dout,
-                    params.stats.place(batch_, head_kv_, sequence.first_query * p_.group()));
-    const int seen_end = key_ + key_count_ < kv_length_ ? key_ + key_count_ : kv_length_;
+    sequence_.write(p_, sequence, head_kv, params.call.dout,
+                    params.stats.place(sequence.batch, head_kv, sequence.first_query * p_.group()));
+    const int seen_end = key_ + key_count_ < sequence.kv_length ? key_ + key_count_ : sequence.kv_length;
     if (key_ >= seen_end) return;
     KeyRange queries = seeing_queries(sequence.band(), sequence.seq_q, key_, seen_end);
     if (p_.masking.has_ranges()) {
-      queries = trim_queries<kThreads>(p_, batch_, head_kv_, key_, seen_end, queries);
+      queries = trim_queries<kThreads>(p_, sequence.batch, head_kv, key_, seen_end, queries);
     }
     if (queries.empty()) return;
     const int group = int(p_.group());
@@ -82,7 +80,6 @@ class KeyGrad {
     load_row_ = row_;
   }
 
-  FAE_DEVICE int head_q() const { return head_kv_ * int(p_.group()); }
   FAE_DEVICE int packed_rows() const { return sequence_.seq_q() * int(p_.group()); }
   FAE_DEVICE int column() const { return slice_ * kDim; }
   FAE_DEVICE TileKV resident_k() const { return {smem_}; }
@@ -215,13 +212,10 @@ class KeyGrad {
     const int left = packed_rows() - row;
     return {p_,
             params_.scale,
-            batch_,
-            head_q(),
+            tile_sequence(sequence_),
             PackedRows(row, p_.group()),
             left < kTileQ ? left : kTileQ,
-            key_,
-            kv_length_,
-            band_of(sequence_)};
+            key_};
   }
 
   // s: dot products of this warp's keys with the rows of a tile. Makes P of them, hands what dropout leaves
@@ -230,8 +224,8 @@ class KeyGrad {
   FAE_DEVICE void score_gradients(Scores& s, const ScoreTile& tile, TileClass mask_class, uint32_t kept,
                                   int key_row, int row, Use&& use, Scores& ds) const {
     const bool partial =
-        classify(sequence_.band(), kv_length_, tile.rows.query_begin, tile.rows.query(tile.row_count - 1) + 1,
-                 key_, key_ + kTileKV) != TileClass::kFull;
+        classify(sequence_.band(), sequence_.kv_length(), tile.rows.query_begin,
+                 tile.rows.query(tile.row_count - 1) + 1, key_, key_ + kTileKV) != TileClass::kFull;
     const bool masked = mask_class != TileClass::kFull;
     FragC slope[1][kModified ? kTileQ / 8 : 1];
     if constexpr (kModified) {
@@ -258,15 +252,18 @@ class KeyGrad {
   // 16 rows of a part of the columns.
   FAE_DEVICE void add_query_gradients(const Scores& ds, int row, int key_row) const {
     const int g = lane_index() / 4, t = lane_index() % 4;
+    // Modified scores need the registers that these addresses would take from tile to tile.
+    const LaneChunk pair = lane_pair(resident_ds(), (kModified ? opaque(key_row) : key_row) + g);
     FAE_UNROLL
     for (int n = 0; n < kTileQ / 8; ++n) {
-      store_pair(resident_ds(), key_row + g, 8 * n + 2 * t, ds[0][n][0], ds[0][n][1]);
-      store_pair(resident_ds(), key_row + g + 8, 8 * n + 2 * t, ds[0][n][2], ds[0][n][3]);
+      store_pair<TileDS>(pair, n, ds[0][n][0], ds[0][n][1]);
+      store_pair<TileDS>(TileDS::move(pair, 8, 0), n, ds[0][n][2], ds[0][n][3]);
     }
     block_barrier();
     constexpr int kRowWarps = kTileQ / 16, kColumnWarps = Config::kWarps / kRowWarps;
     constexpr int kCols = kDim / kColumnWarps;
-    const int first_row = warp_index() % kRowWarps * 16, first_column = warp_index() / kRowWarps * kCols;
+    const int warp = kModified && sizeof(T) == 4 ? opaque(warp_index()) : warp_index();
+    const int first_row = warp % kRowWarps * 16, first_column = warp / kRowWarps * kCols;
     FragC dq[1][kCols / 8];
     clear(dq);
     multiply_columns<T, kTileKV>(dq, resident_ds(), first_row, resident_k(), first_column, params_.fast_fp32);
@@ -294,13 +291,15 @@ class KeyGrad {
         const int quad = (__builtin_ffs(int(bad)) - 1) / 4, r = key_row + 8 * int(half) + quad;
         bad &= ~(0xfu << (4 * quad));
         if (r >= key_count_) continue;
-        exact_key_grad_row<T, kModified, kDim>(params_, batch_, head_kv_, key_ + r, column(), dk_tile,
-                                               dv_tile, r);
+        exact_key_grad_row<T, kModified, kDim>(params_, sequence_.batch(), sequence_.head_kv(), key_ + r,
+                                               column(), dk_tile, dv_tile, r);
       }
     }
     warp_barrier();
-    const RowSource<T> dk_rows(params_.call.dk, batch_, head_kv_, sequence_.first_key());
-    const RowSource<T> dv_rows(params_.call.dv, batch_, head_kv_, sequence_.first_key());
+    const RowSource<T> dk_rows(params_.call.dk, sequence_.batch(), sequence_.head_kv(),
+                               sequence_.first_key());
+    const RowSource<T> dv_rows(params_.call.dv, sequence_.batch(), sequence_.head_kv(),
+                               sequence_.first_key());
     store_rows<16>(dk_tile, dk_rows, PlainRows{key_}, key_row, key_count_, column(), int(p_.dim),
                    params_.vector.dk);
     store_rows<16>(dv_tile, dv_rows, PlainRows{key_}, key_row, key_count_, column(), int(p_.dim_v),
@@ -313,15 +312,15 @@ class KeyGrad {
                             int half) const {
     const float scale = float(p_.score.scale), kept = kModified ? float(p_.dropout.keep_scale) : 1.0f;
     const int r = key_row + 8 * half + lane_index() / 4;
+    const LaneChunk dk_pair = lane_pair(dk_tile, r), dv_pair = lane_pair(dv_tile, r);
     float probe = 0;  // stays 0 when everything is finite
     FAE_UNROLL
     for (int n = 0; n < kDim / 8; ++n) {
-      const int c = 8 * n + 2 * (lane_index() % 4);
       const float kx = half ? dk[0][n][2] : dk[0][n][0], ky = half ? dk[0][n][3] : dk[0][n][1];
       const float vx = half ? dv[0][n][2] : dv[0][n][0], vy = half ? dv[0][n][3] : dv[0][n][1];
       probe += ((kx - kx) + (ky - ky)) + ((vx - vx) + (vy - vy));
-      store_pair(dk_tile, r, c, kx * scale, ky * scale);
-      store_pair(dv_tile, r, c, vx * kept, vy * kept);
+      store_pair<TileKV>(dk_pair, n, kx * scale, ky * scale);
+      store_pair<TileKV>(dv_pair, n, vx * kept, vy * kept);
     }
     return warp_ballot(probe != 0);
   }
@@ -330,8 +329,6 @@ class KeyGrad {
   const Problem& p_;
   const Smem<std::byte> smem_;
   const SharedSequence<T> sequence_;
-  int batch_, head_kv_;
-  int kv_length_;
   int slice_;                  // of the columns of dK and dV
   int key_;                    // first key of the block
   int key_count_;              // keys of its tile that exist

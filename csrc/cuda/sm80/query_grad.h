@@ -51,27 +51,24 @@ class QueryGrad {
     const int64_t unit = place.unit / slices;
     slice_ = int(place.unit % slices);
     const BlockSequence sequence(p_, unit / p_.heads_kv);
-    batch_ = sequence.batch;
-    kv_length_ = sequence.kv_length;
-    head_kv_ = int(unit % p_.heads_kv);
+    const int head_kv = int(unit % p_.heads_kv);
     row_begin_ = int(place.tile * kTileQ);
     const int left = sequence.seq_q * int(p_.group()) - row_begin_;
     row_count_ = left < kTileQ ? left : kTileQ;
     if (row_count_ <= 0) return;  // past the end of its sequence
-    sequence_.write(p_, sequence, head_kv_, params.call.dout,
-                    params.stats.place(batch_, head_kv_, sequence.first_query * p_.group()));
+    sequence_.write(p_, sequence, head_kv, params.call.dout,
+                    params.stats.place(sequence.batch, head_kv, sequence.first_query * p_.group()));
     rows_ = PackedRows(row_begin_, p_.group());
     query_end_ = rows_.query(row_count_ - 1) + 1;
-    KeyRange keys = visible_keys(sequence.band(), kv_length_, rows_.query_begin, query_end_);
+    KeyRange keys = visible_keys(sequence.band(), sequence.kv_length, rows_.query_begin, query_end_);
     if (p_.masking.has_ranges()) {
-      keys = trim_keys<kThreads>(p_, batch_, head_kv_, rows_.query_begin, query_end_, keys);
+      keys = trim_keys<kThreads>(p_, sequence.batch, head_kv, rows_.query_begin, query_end_, keys);
     }
     if (keys.empty()) return;
     key_end_ = int(keys.end);
     load_key_ = int(keys.begin) / kTileKV * kTileKV;
   }
 
-  FAE_DEVICE int head_q() const { return head_kv_ * int(p_.group()); }
   FAE_DEVICE int column() const { return slice_ * kDim; }
   FAE_DEVICE TileQ resident_q() const { return {smem_}; }
   FAE_DEVICE TileQ resident_dout() const { return {smem_ + TileQ::kBytes}; }
@@ -144,8 +141,7 @@ class QueryGrad {
       Scores s, ds;
       clear(s);
       clear(ds);
-      const ScoreTile tile{p_,         params_.scale, batch_,     head_q(),          rows_,
-                           row_count_, key,           kv_length_, band_of(sequence_)};
+      const ScoreTile tile{p_, params_.scale, tile_sequence(sequence_), rows_, row_count_, key};
       const TileClass mask_class =
           p_.has_mask() ? classify_masks<16, kTileKV>(tile, row, 0) : TileClass::kFull;
       // A warp whose rows see nothing of the tile only keeps step with the others.
@@ -170,8 +166,8 @@ class QueryGrad {
         keys = TileKV{ring.next(load)};
       }
       if (!seen) continue;
-      const bool partial = classify(sequence_.band(), kv_length_, rows_.query_begin, query_end_, key,
-                                    key + kTileKV) != TileClass::kFull;
+      const bool partial = classify(sequence_.band(), sequence_.kv_length(), rows_.query_begin, query_end_,
+                                    key, key + kTileKV) != TileClass::kFull;
       const bool masked = mask_class == TileClass::kPartial;
       if constexpr (kModified) {
         Scores slope;
@@ -210,23 +206,25 @@ class QueryGrad {
     const TileQ staging{smem_};
     FAE_UNROLL
     for (int half = 0; half < 2; ++half) {
+      const LaneChunk pair = lane_pair(staging, row + 8 * half + g);
       float probe = 0;  // stays 0 when everything is finite
       FAE_UNROLL
       for (int n = 0; n < kDim / 8; ++n) {
         const float x = dq[0][n][2 * half], y = dq[0][n][2 * half + 1];
         probe += (x - x) + (y - y);
-        store_pair(staging, row + 8 * half + g, 8 * n + 2 * t, x * scale, y * scale);
+        store_pair<TileQ>(pair, n, x * scale, y * scale);
       }
       for (uint32_t bad = warp_ballot(probe != 0); bad;) {
         const int quad = (__builtin_ffs(int(bad)) - 1) / 4, r = row + 8 * half + quad;
         bad &= ~(0xfu << (4 * quad));
         if (r >= row_count_) continue;
-        exact_query_grad_row<T, kModified, kDim>(params_, batch_, head_kv_, row_begin_ + r, column(), staging,
-                                                 r);
+        exact_query_grad_row<T, kModified, kDim>(params_, sequence_.batch(), sequence_.head_kv(),
+                                                 row_begin_ + r, column(), staging, r);
       }
     }
     warp_barrier();
-    const RowSource<T> target(params_.call.dq, batch_, head_q(), sequence_.first_query());
+    const RowSource<T> target(params_.call.dq, sequence_.batch(), sequence_.head_q(),
+                              sequence_.first_query());
     store_rows<16>(staging, target, rows_, row, row_count_, column(), int(p_.dim), params_.vector.dq);
   }
 
@@ -234,8 +232,6 @@ class QueryGrad {
   const Problem& p_;
   const Smem<std::byte> smem_;
   const SharedSequence<T> sequence_;
-  int batch_, head_kv_;
-  int kv_length_;
   int slice_;      // of dQ's columns
   int row_begin_;  // first packed row of the block
   int row_count_;  // rows of its tile that exist

@@ -26,8 +26,8 @@ FAE_DEVICE_COLD uint32_t kept_words(PhiloxWords counter, PhiloxKey key, uint32_t
 
 // A bit for each of the keys [4 quad, 4 quad + 4) that query row r of a tile keeps.
 FAE_DEVICE uint32_t kept_keys(const ScoreTile& tile, PhiloxKey key, int r, int quad) {
-  return kept_words({{uint32_t(quad), uint32_t(tile.rows.query(r)), uint32_t(tile.head + tile.rows.head(r)),
-                      uint32_t(tile.batch)}},
+  return kept_words({{uint32_t(quad), uint32_t(tile.rows.query(r)),
+                      uint32_t(tile.sequence.head() + tile.rows.head(r)), uint32_t(tile.sequence.batch())}},
                     key, tile.problem.dropout.threshold);
 }
 

@@ -32,13 +32,10 @@ FAE_DEVICE ScoreTile single_row(const Problem& problem, const ScoreScale& scale,
                                 const BlockSequence& sequence, int head_kv, int packed_row) {
   return {problem,
           scale,
-          sequence.batch,
-          head_kv * int(problem.group()),
+          tile_sequence(sequence, head_kv * int(problem.group())),
           PackedRows(packed_row, problem.group()),
           1,
-          0,
-          sequence.kv_length,
-          band_of(sequence)};
+          0};
 }
 
 // Where key j of a sequence begins in k, or v.
@@ -108,16 +105,16 @@ FAE_DEVICE_COLD double exact_output_row(const ForwardParams& params, int batch, 
   const BlockSequence sequence(p, batch);
   const ScoreTile row = single_row(p, params.scale, sequence, head_kv, packed_row);
   const int i = row.rows.query(0), lane = lane_index();
-  const int64_t query = p.q.offset(batch, row.head + row.rows.head(0), sequence.first_query + i);
+  const int64_t query = p.q.offset(batch, row.sequence.head() + row.rows.head(0), sequence.first_query + i);
   const auto score = [&](int j) {
     return exact_score<T, kModified>(row, query, key_offset(p, p.k, sequence, head_kv, j), j).value;
   };
-  const KeyRange seen = visible_keys(row.band.value, row.kv_length, i, i + 1);
+  const KeyRange seen = visible_keys(sequence.band(), sequence.kv_length, i, i + 1);
   const float exponent = params.scale.exponent;
   const PhiloxKey key = dropout_key<kModified>(p);
   float sink = kHidden;
   if (kModified && p.score.sinks.present()) {
-    sink = load_head_value(p.score.sinks, batch, row.head + row.rows.head(0));
+    sink = load_head_value(p.score.sinks, batch, row.sequence.head() + row.rows.head(0));
   }
   float max = sink, sum = 0;
   for (int j = int(seen.begin) + lane; j < seen.end; j += kWarpSize) {
@@ -161,7 +158,7 @@ FAE_DEVICE_COLD PairGrad exact_pair_grad(const BackwardParams& params, int batch
   const Problem& p = params.call.problem;
   const BlockSequence sequence(p, batch);
   const ScoreTile row = single_row(p, params.scale, sequence, head_kv, packed_row);
-  const int head = row.head + row.rows.head(0), query = sequence.first_query + row.rows.query(0);
+  const int head = row.sequence.head() + row.rows.head(0), query = sequence.first_query + row.rows.query(0);
   const int key = sequence.first_key + j;
   const Score score =
       exact_score<T, kModified>(row, p.q.offset(batch, head, query), p.k.offset(batch, head_kv, key), j);
@@ -185,7 +182,7 @@ FAE_DEVICE_COLD void exact_query_grad_row(const BackwardParams& params, int batc
   const BlockSequence sequence(p, batch);
   const ScoreTile row = single_row(p, params.scale, sequence, head_kv, packed_row);
   const int i = row.rows.query(0);
-  const KeyRange seen = visible_keys(row.band.value, row.kv_length, i, i + 1);
+  const KeyRange seen = visible_keys(sequence.band(), sequence.kv_length, i, i + 1);
   LaneColumns<kCols> dq;
   for (int first = int(seen.begin); first < seen.end; first += kWarpSize) {
     const int j = first + lane_index();

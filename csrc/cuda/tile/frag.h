@@ -17,14 +17,25 @@ namespace fae::cuda {
 // 16 x 8 accumulator; element (row, column) = (lane / 4 + 8 (e / 2), 2 (lane % 4) + e % 2).
 using FragC = float[4];
 
-// Two elements of a row, the first at an even column, rounded to T.
+// The columns 2 t and 2 t + 1 of a row of a tile, where t is lane % 4: those of an accumulator's first 8.
 template <class T, int kRows, int kCols>
-FAE_DEVICE void store_pair(SmemTile<T, kRows, kCols> tile, int row, int column, float x, float y) {
+FAE_DEVICE LaneChunk lane_pair(SmemTile<T, kRows, kCols> tile, int row) {
+  using Tile = SmemTile<T, kRows, kCols>;
+  const int t = lane_index() % 4;
+  const LaneChunk chunk = tile.lane_chunk(row, 2 * t / Tile::kChunk);
+  return {chunk.tile, chunk.offset + uint32_t(2 * t % Tile::kChunk * int(sizeof(T)))};
+}
+
+// Two elements of `Tile`, rounded, 8 * n columns to the right of `pair`.
+template <class Tile>
+FAE_DEVICE void store_pair(LaneChunk pair, int n, float x, float y) {
+  using T = typename Tile::Element;
+  const Smem<std::byte> at = Tile::move(pair, 0, n * (8 / Tile::kChunk)).at();
   if constexpr (sizeof(T) == 2) {
-    store_shared(tile.at(row, column).template as<uint32_t>(), pack_pair(T{}, x, y));
+    store_shared(at.template as<uint32_t>(), pack_pair(T{}, x, y));
   } else {
     struct alignas(8) Pair { T x, y; };
-    store_shared(tile.at(row, column).template as<Pair>(), Pair{x, y});
+    store_shared(at.template as<Pair>(), Pair{x, y});
   }
 }
 

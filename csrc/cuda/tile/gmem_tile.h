@@ -69,11 +69,11 @@ FAE_DEVICE void load_tile(SmemTile<T, kRows, kCols> tile, const RowSource<const 
 // Begins to fill a tile with keys or values [key, key + row_count) of a sequence, whose K or V is `source`.
 template <int kThreads, class T, int kRows, int kCols>
 FAE_DEVICE void load_keys(SmemTile<T, kRows, kCols> tile, const RowSource<const T>& source, const View4& view,
-                          const Problem& p, const SharedSequence<T>& sequence, int batch, int key,
-                          int row_count, int column, int columns, bool vector) {
+                          const Problem& p, const SharedSequence<T>& sequence, int key, int row_count,
+                          int column, int columns, bool vector) {
   // Out of the way of all other calls.
   if (const PageTable& pages = p.cache.pages; __builtin_expect(pages.present(), false)) {
-    const PagedRows rows{pages, batch, sequence.first_key() + key, view.stride[0]};
+    const PagedRows rows{pages, sequence.batch(), sequence.first_key() + key, view.stride[0]};
     load_tile<kThreads>(tile, source, rows, row_count, column, columns, vector);
   } else {
     load_tile<kThreads>(tile, source, PlainRows{key}, row_count, column, columns, vector);

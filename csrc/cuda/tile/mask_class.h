@@ -40,10 +40,11 @@ FAE_DEVICE TileClass classify_intervals(const ScoreTile& tile, int row, int colu
   bool all = true;
   FAE_NO_UNROLL
   for (int m = 0; m < x.count; ++m) {
-    const LabelRange range = label_range(x, m, tile.batch, begin, end);
+    const LabelRange range = label_range(x, m, tile.sequence.batch(), begin, end);
     bool some_here = false, all_here = true;
     FAE_NO_UNROLL
-    for (int c = column + lane_index(); c < column + kKeys && tile.key + c < tile.kv_length; c += kWarpSize) {
+    for (int c = column + lane_index(); c < column + kKeys && tile.key + c < tile.sequence.kv_length();
+         c += kWarpSize) {
       const int low = tile.bound(x, m, c, 0), high = tile.bound(x, m, c, 1);
       some_here |= low <= range.highest && range.lowest < high;
       all_here &= low <= range.lowest && range.highest < high;
@@ -58,7 +59,7 @@ FAE_DEVICE TileClass classify_intervals(const ScoreTile& tile, int row, int colu
 template <int kRows, int kKeys>
 FAE_DEVICE TileClass classify_blocks(const ScoreTile& tile, int row, int column) {
   const BoolMask& mask = tile.problem.masking.mask;
-  const int rows_left = tile.row_count - row, keys_left = tile.kv_length - tile.key - column;
+  const int rows_left = tile.row_count - row, keys_left = tile.sequence.kv_length() - tile.key - column;
   if (rows_left < 1 || keys_left < 1) return TileClass::kSkip;
   const unsigned block_q = unsigned(mask.block_q), block_kv = unsigned(mask.block_kv);
   const int first_row = int(unsigned(tile.rows.query(row)) / block_q);
@@ -73,8 +74,9 @@ FAE_DEVICE TileClass classify_blocks(const ScoreTile& tile, int row, int column)
   FAE_NO_UNROLL
   for (int i = lane_index(); i < count; i += kWarpSize) {
     const int r = i / columns;
-    const int64_t at = mask.offset(tile.batch, tile.head + r % heads, first_row + r / heads) +
-                       (first_column + i % columns) * mask.stride[3];
+    const int64_t at =
+        mask.offset(tile.sequence.batch(), tile.sequence.head() + r % heads, first_row + r / heads) +
+        (first_column + i % columns) * mask.stride[3];
     (load_global(static_cast<const uint8_t*>(mask.data) + at) ? any_visible : any_hidden) = true;
   }
   if (warp_ballot(any_visible) == 0) return TileClass::kSkip;
@@ -88,7 +90,7 @@ FAE_DEVICE TileClass classify_elements(const ScoreTile& tile, int row, int colum
   const BoolMask& mask = tile.problem.masking.mask;
   const auto* const data = static_cast<const uint8_t*>(mask.data);
   const bool one_row = mask.stride[2] == 0 && (mask.stride[1] == 0 || tile.rows.group == 1);
-  const int rows_left = tile.row_count - row, keys_left = tile.kv_length - tile.key - column;
+  const int rows_left = tile.row_count - row, keys_left = tile.sequence.kv_length() - tile.key - column;
   const int rows = one_row ? (rows_left < 1 ? 0 : 1) : rows_left < kRows ? rows_left : kRows;
   const int keys = keys_left < kKeys ? keys_left : kKeys;
   bool any_visible = false, any_hidden = false;

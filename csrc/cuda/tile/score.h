@@ -28,53 +28,50 @@ FAE_DEVICE int load_bound(const Intervals& x, int m, int batch, int key, int sid
 struct ScoreTile {
   const Problem& problem;
   const ScoreScale& scale;
-  int batch;
-  int head;  // first query head of the group
+  TileSequence sequence;
   PackedRows rows;
   int row_count;  // rows of the tile that exist
   int key;
-  int kv_length;
-  TileBand band;
 
   // Keys that row r sees by the band of its sequence and length, relative to `key`; empty for a
   // row that does not exist.
-  FAE_DEVICE void visible(const Band& its_band, int r, int* begin, int* end) const {
+  FAE_DEVICE void visible(const Band& its_band, int kv_length, int r, int* begin, int* end) const {
     const int i = rows.query(r);
     const KeyRange seen = visible_keys(its_band, kv_length, i, i + 1);
     *begin = int((seen.begin < seen.end ? seen.begin : seen.end) - key);
     *end = r < row_count ? int(seen.end) - key : *begin;
   }
   // The key, relative to `key`, that ALiBi finds at no distance from row r.
-  FAE_DEVICE int diagonal(int r) const { return rows.query(r) + band.shift() - key; }
+  FAE_DEVICE int diagonal(int r) const { return rows.query(r) + sequence.shift() - key; }
   // The same for rare paths, see opaque.
   FAE_DEVICE ScoreTile rarely() const {
     ScoreTile same = *this;
-    same.batch = opaque(batch);
     same.key = opaque(key);
     return same;
   }
   // Element offset of (row r, `key` + column) in a mask or bias.
   FAE_DEVICE int64_t offset(const View4& view, int r, int column) const {
-    return view.offset(batch, head + rows.head(r), rows.query(r)) + int64_t(key + column) * view.stride[3];
+    return view.offset(sequence.batch(), sequence.head() + rows.head(r), rows.query(r)) +
+           int64_t(key + column) * view.stride[3];
   }
   // The same in a mask of blocks.
   FAE_DEVICE int64_t block_offset(const BoolMask& mask, int r, int column) const {
     const unsigned block_q = unsigned(mask.block_q), block_kv = unsigned(mask.block_kv);
-    return mask.offset(batch, head + rows.head(r), unsigned(rows.query(r)) / block_q) +
+    return mask.offset(sequence.batch(), sequence.head() + rows.head(r), unsigned(rows.query(r)) / block_q) +
            int64_t(unsigned(key + column) / block_kv) * mask.stride[3];
   }
   FAE_DEVICE int bound(const Intervals& x, int m, int column, int side) const {
-    return load_bound(x, m, batch, key + column, side);
+    return load_bound(x, m, sequence.batch(), key + column, side);
   }
   // Whether intervals and a mask of blocks let row r see the key; neither needs to exist.
   FAE_DEVICE bool sees_by_ranges(int r, int column) const {
-    if (r >= row_count || key + column >= kv_length) return false;
+    if (r >= row_count || key + column >= sequence.kv_length()) return false;
     const Intervals& x = problem.masking.intervals;
     const int query = rows.query(r);
     bool seen = true;
     FAE_NO_UNROLL
     for (int m = 0; m < x.count; ++m) {
-      const int label = load_label(x, m, batch, query);
+      const int label = load_label(x, m, sequence.batch(), query);
       seen &= bound(x, m, column, 0) <= label && label < bound(x, m, column, 1);
     }
     const BoolMask& mask = problem.masking.mask;
@@ -92,14 +89,15 @@ struct ScoreTile {
 template <bool kTransposed, int kM, int kN>
 FAE_DEVICE void hide_outside(FragC (&s)[kM][kN], const ScoreTile& tile, int row, int column) {
   const int g = lane_index() / 4, t = lane_index() % 4;
-  const Band band = tile.band.get();
+  const Band band = tile.sequence.band();
+  const int kv_length = tile.sequence.kv_length();
   if constexpr (!kTransposed) {
     FAE_UNROLL
     for (int m = 0; m < kM; ++m) {
       FAE_UNROLL
       for (int half = 0; half < 2; ++half) {
         int begin, end;
-        tile.visible(band, row + 16 * m + 8 * half + g, &begin, &end);
+        tile.visible(band, kv_length, row + 16 * m + 8 * half + g, &begin, &end);
         FAE_UNROLL
         for (int n = 0; n < kN; ++n) {
           FAE_UNROLL
@@ -117,7 +115,7 @@ FAE_DEVICE void hide_outside(FragC (&s)[kM][kN], const ScoreTile& tile, int row,
       FAE_UNROLL
       for (int e = 0; e < 2; ++e) {
         int begin, end;
-        tile.visible(band, column + 8 * n + 2 * t + e, &begin, &end);
+        tile.visible(band, kv_length, column + 8 * n + 2 * t + e, &begin, &end);
         FAE_UNROLL
         for (int half = 0; half < 2; ++half) {
           const int j = row + 8 * half + g;
@@ -177,7 +175,8 @@ class RowSlopes {
     FAE_UNROLL
     for (int i = 0; i < kInLane; ++i) {
       const int r = row + kWarpSize * i + lane_index() % (kRows < kWarpSize ? kRows : kWarpSize);
-      slope_[i] = load_head_value(tile.problem.score.alibi, tile.batch, tile.head + tile.rows.head(r));
+      slope_[i] = load_head_value(tile.problem.score.alibi, tile.sequence.batch(),
+                                  tile.sequence.head() + tile.rows.head(r));
       diagonal_[i] = float(tile.diagonal(r));
     }
   }
@@ -337,7 +336,7 @@ FAE_DEVICE bool sees_key(const ScoreTile& tile) {
   const Masking& masking = tile.problem.masking;
   const BoolMask& mask = masking.mask;
   int begin, end;
-  tile.visible(tile.band.get(), 0, &begin, &end);
+  tile.visible(tile.sequence.band(), tile.sequence.kv_length(), 0, &begin, &end);
   if (begin > 0 || end <= 0) return false;
   if (mask.present() && mask.dense() &&
       load_global(static_cast<const uint8_t*>(mask.data) + tile.offset(mask, 0, 0)) == 0) {
@@ -361,7 +360,8 @@ FAE_DEVICE Score pair_score(float dot, const ScoreTile& tile) {
   const ScoreMod& mod = tile.problem.score;
   Score score = cap_score(dot, tile.scale, float(mod.softcap));
   if (mod.alibi.present()) {
-    const float slope = load_head_value(mod.alibi, tile.batch, tile.head + tile.rows.head(0));
+    const float slope =
+        load_head_value(mod.alibi, tile.sequence.batch(), tile.sequence.head() + tile.rows.head(0));
     score.value = with_alibi(score.value, slope, float(tile.diagonal(0)));
   }
   const float bias = pair_bias(tile);

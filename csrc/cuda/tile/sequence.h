@@ -40,7 +40,7 @@ struct BlockSequence {
 template <class T>
 class SharedSequence {
  public:
-  static constexpr int kBytes = 64;
+  static constexpr int kBytes = 80;
 
   FAE_DEVICE SharedSequence() {}
   explicit FAE_DEVICE SharedSequence(Smem<std::byte> at) : at_(at) {}
@@ -65,6 +65,8 @@ class SharedSequence {
       store_shared(pair(0), IntPair{s.lo, s.hi});
       store_shared(pair(1), IntPair{s.first_query, s.seq_q});
       store_shared(pair(2), IntPair{s.first_key, s.seq_kv});
+      store_shared(pair(3), IntPair{s.batch, head_kv});
+      store_shared(pair(4), IntPair{s.kv_length, int(head_q)});
       store_shared(stats_row_at(), stats_row);
     }
     block_barrier();
@@ -76,7 +78,7 @@ class SharedSequence {
   FAE_DEVICE RowSource<const T> q(const Problem& p) const { return {p.q, load_shared(pointer(2))}; }
   FAE_DEVICE RowSource<const T> dout(const View4& view) const { return {view, load_shared(pointer(3))}; }
 
-  FAE_DEVICE Smem<IntPair> band_at() const { return pair(0); }  // and the lengths after it, see TileBand
+  FAE_DEVICE Smem<IntPair> numbers() const { return pair(0); }  // see TileSequence
   FAE_DEVICE Band band() const {
     const IntPair band = load_shared(pair(0));
     return {band.first, band.second};
@@ -85,37 +87,47 @@ class SharedSequence {
   FAE_DEVICE int seq_q() const { return load_shared(pair(1)).second; }
   FAE_DEVICE int64_t stats_row() const { return load_shared(stats_row_at()); }
   FAE_DEVICE int first_key() const { return load_shared(pair(2)).first; }
+  FAE_DEVICE int batch() const { return load_shared(pair(3)).first; }
+  FAE_DEVICE int head_kv() const { return load_shared(pair(3)).second; }
+  FAE_DEVICE int kv_length() const { return load_shared(pair(4)).first; }
+  FAE_DEVICE int head_q() const { return load_shared(pair(4)).second; }  // the first of the group
 
  private:
   FAE_DEVICE Smem<const T*> pointer(int n) const { return at_.template as<const T*>() + n; }
   FAE_DEVICE Smem<IntPair> pair(int n) const { return (at_ + 32).template as<IntPair>() + n; }
 
-  FAE_DEVICE Smem<int64_t> stats_row_at() const { return (at_ + 56).template as<int64_t>(); }
+  FAE_DEVICE Smem<int64_t> stats_row_at() const { return (at_ + 72).template as<int64_t>(); }
 
   Smem<std::byte> at_;
 };
 
-// The band of a tile's sequence, and what lies between a query and the key at no distance from it (seq_kv -
-// seq_q): where they lie, or what they are.
-struct TileBand {
+// What a tile of scores needs of its sequence: where it lies, or what it is.
+struct TileSequence {
   bool is_shared = false;
-  Smem<IntPair> at;
-  Band value;
-  int known_shift = 0;
+  Smem<IntPair> at;  // as SharedSequence wrote them
+  int known_batch = 0, known_head = 0, known_length = 0, known_shift = 0;
+  Band known_band;
 
-  FAE_DEVICE Band get() const {
-    if (!is_shared) return value;
+  FAE_DEVICE int batch() const { return is_shared ? load_shared(at + 3).first : known_batch; }
+  // First query head of the group.
+  FAE_DEVICE int head() const { return is_shared ? load_shared(at + 4).second : known_head; }
+  FAE_DEVICE int kv_length() const { return is_shared ? load_shared(at + 4).first : known_length; }
+  FAE_DEVICE Band band() const {
+    if (!is_shared) return known_band;
     const IntPair band = load_shared(at);
     return {band.first, band.second};
   }
+  // What lies between a query and the key at no distance from it: seq_kv - seq_q.
   FAE_DEVICE int shift() const {
     return is_shared ? load_shared(at + 2).second - load_shared(at + 1).second : known_shift;
   }
 };
 template <class T>
-FAE_DEVICE TileBand band_of(const SharedSequence<T>& s) {
-  return {true, s.band_at(), {}, 0};
+FAE_DEVICE TileSequence tile_sequence(const SharedSequence<T>& s) {
+  return {true, s.numbers(), 0, 0, 0, 0, {}};
 }
-FAE_DEVICE TileBand band_of(const BlockSequence& s) { return {false, {}, s.band(), s.seq_kv - s.seq_q}; }
+FAE_DEVICE TileSequence tile_sequence(const BlockSequence& s, int head) {
+  return {false, {}, s.batch, head, s.kv_length, s.seq_kv - s.seq_q, s.band()};
+}
 
 }  // namespace fae::cuda
