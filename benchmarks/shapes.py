@@ -41,6 +41,8 @@ class Case:
     seq_q: int = 0  # 0: seq
     dropout: float = 0.0
     sinks: bool = False
+    alibi: bool = False
+    page: int = 0  # tokens of a page where keys and values lie in pages; 0: they do not
     backward: bool = False
     goal_ratio: float | None = None
     goal_share: float | None = None
@@ -72,6 +74,8 @@ class Case:
         parts += ["varlen"] * self.packed
         parts += [f"dropout {self.dropout:g}"] if self.dropout else []
         parts += ["sinks"] * self.sinks
+        parts += ["alibi"] * self.alibi
+        parts += [f"pages of {self.page}"] * bool(self.page)
         parts += ["fwd+bwd" if self.dropout else "bwd"] * self.backward
         return " ".join(parts)
 

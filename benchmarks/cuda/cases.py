@@ -30,8 +30,11 @@ def all_cases() -> list[Case]:
         for causal in (False, True)
     ]  # fmt: skip
     cases += [
-        _case("forward D=64", seq, 64, causal=c, goal_ratio=1.0) for seq in (8192, 2048) for c in (0, 1)
+        _case("forward D=64", seq, 64, causal=c, goal_ratio=1.0)
+        for seq in (8192, 2048)
+        for c in (False, True)
     ]
+    cases += _decode()
     cases += [_case("backward", seq, dim, causal=causal, backward=True, goal_ratio=1.0)
               for dim in (128, 64) for seq in (8192, 2048) for causal in (False, True)]  # fmt: skip
     cases += [_case("forward D=96, 256", 4096, dim, causal=True, goal_ratio=1.0) for dim in (96, 256)]
@@ -42,6 +45,8 @@ def all_cases() -> list[Case]:
         _case("where torch falls back", 4096, 128, window=(256, 0), goal_ratio=3.0),
         _case("where torch falls back", 4096, 128, bias=(1, 16), goal_ratio=3.0),
         _case("where torch falls back", 4096, 128, bias=(1, 16), backward=True, goal_ratio=3.0),
+        _case("where torch falls back", 4096, 128, sinks=True, goal_ratio=3.0),
+        _case("where torch falls back", 4096, 128, alibi=True, causal=True, goal_ratio=3.0),
         _case("where torch falls back", 4096, 192, dim_v=128, goal_ratio=3.0),
         _case("where torch falls back", 2048, 512, heads=4, goal_ratio=3.0),
         _case("mask and lengths", 2048, 128, mask=True, goal_ratio=1.0),
@@ -52,6 +57,15 @@ def all_cases() -> list[Case]:
     return cases
 
 
+def _decode() -> list[Case]:
+    """One query row for each of 32 heads that share 4 K/V heads; torch reads contiguous keys in any case."""
+    return [
+        Case("decode", batch, 32, seq, 128, "bfloat16", heads_kv=4, seq_q=1, page=page, goal_share=0.88)
+        for batch, seq in ((16, 8192), (4, 32768), (1, 131072))
+        for page in (0, 64)
+    ]
+
+
 def small_cases() -> list[Case]:
     """The same kinds at sizes for the emulator: what a dry run goes through."""
     shrunk = {}
@@ -60,6 +74,6 @@ def small_cases() -> list[Case]:
         bias = (1, 2) if case.bias else None
         window = (16, 0) if case.window else None
         small = replace(case, batch=2 if case.padded else 1, heads=2, heads_kv=heads_kv, seq=48, bias=bias,
-                        window=window)  # fmt: skip
+                        window=window, page=min(case.page, 16))  # fmt: skip
         shrunk.setdefault(small.name, small)
     return list(shrunk.values())

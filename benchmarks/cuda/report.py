@@ -65,6 +65,9 @@ def markdown_report(results: dict, plot: str | None) -> str:
     if results["rows"]:
         parts += ["## Timings"] + ([f"![speed over torch]({plot})"] if plot else [])
         parts += [class_table(results), case_table(results), backend_table(results)]
+    if results.get("overhead"):
+        rows = [[name, f"{us['ours']:.1f}", f"{us['torch']:.1f}"] for name, us in results["overhead"].items()]
+        parts += [markdown_table(["(1,1,8,64) bf16, host", "ours us", "torch us"], rows)]
     if results["void"]:
         parts += ["## Not timed", "\n".join(f"- {line}" for line in results["void"])]
     return "\n\n".join(parts) + "\n"
