@@ -299,9 +299,12 @@ def run_all(results: dict, save: Callable[[], None], seconds: float, budget_s: f
 def rehearse(results: dict, backend: str) -> None:
     """Every kind of case at emulator size, verified and not timed."""
     fae.set_backend(backend)
-    for case in small_cases():
-        try:
-            CudaProblem(case, "cpu").verify()
-            results["rehearsed"].append(case.name)
-        except Exception as error:  # as in run_all
-            results["void"].append(f"{case.name}: {type(error).__name__}: {error}"[:500])
+    try:
+        for case in small_cases():
+            try:
+                CudaProblem(case, "cpu").verify()
+                results["rehearsed"].append(case.name)
+            except Exception as error:  # as in run_all
+                results["void"].append(f"{case.name}: {type(error).__name__}: {error}"[:500])
+    finally:
+        fae.set_backend("auto")
