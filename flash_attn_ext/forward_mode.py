@@ -108,11 +108,8 @@ def joined(
     """What each part has for its rows of `out` and `lse`, in the shapes and dtypes of these."""
     batch, heads, seq = heads_first(out, layout).shape[:3]
     rest = seq - sum(rows.shape[2] for rows, _ in found)  # behind the last packed sequence
-    if rest:
-        found = [
-            *found,
-            (out.new_zeros(batch, heads, rest, out.shape[-1]), lse.new_zeros(batch, heads, rest)),
-        ]
+    behind = (out.new_zeros(batch, heads, rest, out.shape[-1]), lse.new_zeros(batch, heads, rest))
+    found = [*found, behind] if rest or not found else found
     of_out, of_lse = (torch.cat(pieces, 2) for pieces in zip(*found, strict=True))
     return _as_given(of_out.to(out.dtype), q, layout), of_lse.to(lse.dtype).reshape(lse.shape)
 

@@ -282,3 +282,19 @@ def test_memory_stays_linear():
     with LargestResult() as largest, forward_ad.dual_level():
         fae.flash_attention(forward_ad.make_dual(q, d), k, v)
     assert largest.elements < 3000 * 3000 / 8
+
+
+def test_no_sequence_at_all(any_backend):
+    """The gradient of what is empty, too."""
+    starts = torch.zeros(1, dtype=torch.int32)
+    for rows in (0, 3):
+        q = torch.randn(rows, 2, 8, dtype=torch.float64, requires_grad=True)
+
+        def call(x):
+            return fae.flash_attention_varlen(x, x, x, starts, starts, backend=any_backend)
+
+        got, change = jvp(call, (q.detach(),), (torch.ones(rows, 2, 8, dtype=torch.float64),))
+        assert got.shape == change.shape == (rows, 2, 8) and change.eq(0).all()
+        (first,) = torch.autograd.grad(call(q).sum(), q, create_graph=True)
+        (second,) = torch.autograd.grad(first.sin().sum(), q)
+        assert second.shape == q.shape and second.eq(0).all()
