@@ -22,7 +22,7 @@ PY := $(ENV)/bin/python
 STAMPS := $(ENV)/.flash_attn_ext
 CXX_SOURCES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
 
-.PHONY: setup build demo test bench docs test-abi test-aarch64 test-sanitize lint format clean
+.PHONY: setup build demo test bench docs test-abi test-aarch64 test-avx512 test-sanitize lint format clean
 .DEFAULT_GOAL := setup
 
 $(PY):
@@ -81,6 +81,10 @@ test-abi: $(STAMPS)/dev
 # The NEON kernels: cross-compiled, run under user-mode emulation.
 test-aarch64:
 	tests/cpp/run_aarch64.sh $(AARCH64_ARGS)
+
+# The AVX-512 kernels on a processor that has none: its instructions made of AVX2's.
+test-avx512:
+	tests/cpp/run_avx512.sh $(AVX512_ARGS)
 
 # The C++ tests under the address and undefined-behaviour sanitizers.
 test-sanitize:

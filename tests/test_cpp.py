@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from build_tools import emulated
+from build_tools.ninja import BuildError
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "tests" / "cpp"
 BUILD = ROOT / "build" / "cpp_tests"
@@ -50,7 +53,8 @@ def configure() -> str:
     if (BUILD / "CMakeCache.txt").exists():
         return ""
     generator = ["-G", "Ninja"] if shutil.which("ninja", path=SEARCH) else []
-    result = run("cmake", *generator, "-S", SOURCES, "-B", BUILD)
+    objects = emulated.WORK / "obj" / "cuda" / "inst"
+    result = run("cmake", *generator, "-S", SOURCES, "-B", BUILD, f"-DFAE_KERNEL_OBJECTS={objects}")
     if result.returncode == 0:
         return ""
     (BUILD / "CMakeCache.txt").unlink(missing_ok=True)
@@ -74,6 +78,11 @@ def install_prerequisites() -> None:
 @functools.cache
 def build(target: str) -> Path:
     """A program or library of the tests, built incrementally; parallel pytest workers take turns."""
+    if target == "fae_cuda_tests":  # linked from the objects of the emulated backend
+        try:
+            emulated.build()
+        except BuildError as error:
+            pytest.fail(str(error), pytrace=False)
     BUILD.mkdir(parents=True, exist_ok=True)
     with (BUILD / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -16,6 +16,10 @@ if(FAE_CUDA_FAILED)
   message(FATAL_ERROR "build_tools/cuda.py did not list the CUDA kernels")
 endif()
 
+# The library of the emulated backend is made of the same objects (build_tools/emulated.py): no need to
+# compile them twice where it has been built.
+set(FAE_KERNEL_OBJECTS "" CACHE PATH "Folder of the kernels' objects; empty: they are compiled here")
+
 # Under this project's languages a .cu file is C++: the kernels' own switch is __CUDACC__.
 file(GLOB FAE_CUDA_HOST CONFIGURE_DEPENDS ${FAE_SOURCES}/cuda/launch/*.cpp)
 
@@ -34,6 +38,10 @@ set(FAE_CUDA_KERNELS "")
 foreach(instance ${FAE_CUDA_INSTANCES})
   separate_arguments(parts UNIX_COMMAND ${instance})
   list(POP_FRONT parts name file)
+  if(parts AND FAE_KERNEL_OBJECTS)
+    list(APPEND FAE_CUDA_KERNELS ${FAE_KERNEL_OBJECTS}/${name}.o)
+    continue()
+  endif()
   fae_add_cuda_objects(fae_cuda_${name} ${FAE_SOURCES}/cuda/inst/${file}.cu)
   target_compile_options(fae_cuda_${name} PRIVATE ${parts})
   if(parts)
@@ -49,6 +57,9 @@ target_compile_options(fae_cuda_support PRIVATE -Wall -Wextra -O1)
 set_target_properties(fae_cuda_support PROPERTIES CXX_STANDARD 20)
 target_link_libraries(fae_cuda_support PUBLIC fae_cpu fae_emulator)
 
+if(FAE_KERNEL_OBJECTS)
+  set_source_files_properties(${FAE_CUDA_KERNELS} PROPERTIES EXTERNAL_OBJECT ON GENERATED ON)
+endif()
 file(GLOB FAE_CUDA_TESTS CONFIGURE_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/cuda_*_test.cpp)
 add_executable(fae_cuda_tests EXCLUDE_FROM_ALL ${FAE_CUDA_TESTS} ${FAE_CUDA_KERNELS})
 target_compile_options(fae_cuda_tests PRIVATE -Wall -Wextra -O1)

@@ -42,7 +42,8 @@ struct VecProbe {
   Unary exp2, tanh;
   Real (*reduce_max)(const Real* x);
   Real (*reduce_add)(const Real* x);
-  void (*transpose)(Real* block);  // [width][width], in place
+  void (*reduce_each)(const Real* block, Real* sums);  // of the rows of [width][width]
+  void (*transpose)(Real* block);                      // [width][width], in place
 };
 
 // A tile of scores as cpu/kernel/score_tile.h reads it; at most kMaxRows rows.

@@ -190,6 +190,22 @@ TEST_P(Vec, Reduce) {
   for_each_vec(isa(), [](const auto& v) { check_reduce(v); });
 }
 
+// One element of the block at a time, so that each is found in its row's sum and in no other.
+template <class Real>
+void check_reduce_each(const VecProbe<Real>& v) {
+  const size_t n = size_t(v.width);
+  Lanes<Real> block(n * n), sums(n);
+  for (size_t i = 0; i < n * n; ++i) {
+    block[i] = Real(i + 1);
+    v.reduce_each(block.data(), sums.data());
+    for (size_t row = 0; row < n; ++row) ASSERT_EQ(sums[row], row == i / n ? Real(i + 1) : Real(0)) << i;
+    block[i] = 0;
+  }
+}
+TEST_P(Vec, ReduceEach) {
+  for_each_vec(isa(), [](const auto& v) { check_reduce_each(v); });
+}
+
 template <class Real>
 void check_transpose(const VecProbe<Real>& v) {
   const size_t n = size_t(v.width);

@@ -25,7 +25,6 @@ class Decode : private ForwardRows<P, S> {
   Decode(const ForwardCall& call, const Plan& plan, std::byte* base)
       : Base(call, plan, base, round_up(call.problem.dim, Products::kChunk), plan.heads_together) {
     scores_ = arena_.template take<Real>(kDirectRows * plan.block_kv);
-    before_ = arena_.template take<Real>(kDirectRows * dim_v_padded_);
   }
   size_t bytes() const { return arena_.used(); }
 
@@ -36,16 +35,18 @@ class Decode : private ForwardRows<P, S> {
     const int64_t left = p_.heads_kv - first, split = task / groups / p_.batch;
     const int64_t heads = left < plan_.heads_together ? left : plan_.heads_together;
     if (!this->select(b * p_.heads_kv + first, 0)) return;
-    for_each_head(heads, [&] { this->load_queries(split == 0); });
     KeyRange keys = this->keys_of_task();
     if (plan_.splits > 1) {
       const int64_t begin = split * plan_.split_keys, end = begin + plan_.split_keys;
       if (keys.begin < begin) keys.begin = begin;
       if (keys.end > end) keys.end = end;
     }
-    for (int64_t k = keep_ ? keys.begin / 4 * 4 : keys.begin, end; k < keys.end; k = end) {
-      end = block_end(k, keys.end);
-      for_each_head(heads, [&] { attend_block(k, end); });
+    if (keep_) keys.begin = keys.begin / 4 * 4;  // dropout draws for four keys at a time
+    attend(keys, heads, split == 0);
+    if (!all_finite(heads)) {
+      skips_hidden_ = true;
+      attend(keys, heads, split == 0);
+      skips_hidden_ = false;
     }
     for_each_head(heads, [&] {
       if (plan_.splits == 1) this->store_rows();
@@ -61,6 +62,24 @@ class Decode : private ForwardRows<P, S> {
       this->move(1);
     }
     this->move(-heads);
+  }
+
+  void attend(const KeyRange& keys, int64_t heads, bool with_sinks) {
+    for_each_head(heads, [&] { this->load_queries(with_sinks); });
+    for (int64_t k = keys.begin, end; k < keys.end; k = end) {
+      end = block_end(k, keys.end);
+      for_each_head(heads, [&] { attend_block(k, end); });
+    }
+  }
+
+  // What is not finite after one block stays so, whatever it is multiplied by later.
+  bool all_finite(int64_t heads) {
+    FiniteWatch<V> watch;
+    for_each_head(heads, [&] {
+      const Real* const end = acc_ + (row_end_ - row_begin_) * dim_v_padded_;
+      for (const Real* x = acc_; x < end; x += V::kWidth) watch.see(V::load(x));
+    });
+    return watch.all_finite();
   }
 
   // Blocks end with large pages, so that their keys are read where they lie; small ones are gathered.
@@ -81,7 +100,7 @@ class Decode : private ForwardRows<P, S> {
     TileMask mask{k_begin, k_end};
     if (p_.has_mask()) mask = classify_masks(p_, b_, refs, rows, k_begin, k_end);
     if (mask.skip()) return;
-    if (keep_) mask.begin = mask.begin / 4 * 4;  // dropout draws for four keys at a time
+    if (keep_) mask.begin = mask.begin / 4 * 4;
     const int64_t keys = mask.end - mask.begin, columns = round_up(keys, V::kWidth), ld = plan_.block_kv;
     Products::score(q_, dim_padded_, rows, this->keys_of(p_.k, mask.begin, keys, p_.dim), keys, p_.dim,
                     scores_, ld);
@@ -96,20 +115,17 @@ class Decode : private ForwardRows<P, S> {
       alpha[i] = softmax_row<FmaProduct<V>>(s, columns, scale_.exponent_scale, max_ + i, sum_ + i, s);
       if (keep_) this->drop(refs[i], mask.begin, keys, s);
     }
-    for (int64_t c = 0; c < rows * dim_v_padded_; c += V::kWidth) V::store(before_ + c, V::load(acc_ + c));
     const SourceRows<S> values = this->keys_of(p_.v, mask.begin, keys, p_.dim_v);
+    if (skips_hidden_) return accumulate_visible(refs, rows, alpha, values, tile);
     Products::accumulate(scores_, ld, rows, alpha, values, keys, p_.dim_v, acc_, dim_v_padded_);
-    FiniteWatch<V> watch;
-    for (int64_t c = 0; c < rows * dim_v_padded_; c += V::kWidth) watch.see(V::load(acc_ + c));
-    if (!watch.all_finite()) accumulate_visible(refs, rows, alpha, values, tile);
   }
 
-  // The same sums once more, but of keys that a row sees: 0 * NaN of a hidden one would be NaN.
+  // The same sums, but of keys that a row sees: 0 * NaN of a hidden one would be NaN.
   void accumulate_visible(const RowRef* refs, int rows, const Real* alpha, const SourceRows<S>& values,
                           const ScoreTile<V>& tile) {
     for (int r = 0; r < rows; ++r) {
       Real* const acc = acc_ + r * dim_v_padded_;
-      for (int64_t c = 0; c < p_.dim_v; ++c) acc[c] = alpha[r] * before_[r * dim_v_padded_ + c];
+      for (int64_t c = 0; c < p_.dim_v; ++c) acc[c] *= alpha[r];
       for (int64_t j = 0; j < tile.keys; ++j) {
         if (!is_visible(p_, sequence_, b_, refs[r].head, refs[r].query, tile.k_begin + j)) continue;
         add_special_row(tile.s[r * tile.ld + j], values.data + j * values.row, values.column, p_.dim_v, acc);
@@ -128,8 +144,8 @@ class Decode : private ForwardRows<P, S> {
     }
   }
 
-  Real* scores_;  // [kDirectRows][block_kv]
-  Real* before_;  // [kDirectRows][dim_v_padded], sums before the block
+  Real* scores_;               // [kDirectRows][block_kv]
+  bool skips_hidden_ = false;  // values of hidden keys are not even multiplied by 0
 };
 
 }  // namespace fae::cpu::FAE_ISA_NAMESPACE

@@ -16,7 +16,8 @@ class Direct {
   using Real = typename V::Elem;
   using Operand = typename P::Operand;
   static constexpr int W = V::kWidth;
-  static constexpr int64_t kAhead = 16;  // keys that are fetched early
+  static constexpr int64_t kAhead = 16;                      // keys that are fetched early
+  static constexpr int64_t kLine = int64_t(64 / sizeof(S));  // elements of a cache line
 
  public:
   static constexpr int64_t kChunk = int64_t(W) * P::kPair;  // elements of a key per register
@@ -66,80 +67,105 @@ class Direct {
     return &add_columns<kRows, at_a_time(kRows)>;
   }
 
-  static FAE_INLINE Reg load_key(const S* p, int n) {
-    if constexpr (P::kPair == 2) return P::load_pairs(p, n);
-    else return n >= W ? V::load(p) : V::load_n(p, n);
-  }
-
   // Up to one vector of keys: sums by lanes first, kKeys at a time, then across lanes for all together.
   template <int kRows, int kKeys>
   static void score_vector(const Operand* q, int64_t q_ld, SourceRows<S> keys, int count, int64_t dim,
                            Real* s, int64_t ld) {
     Reg part[kRows][W];
-    for (int first = 0; first < W; first += kKeys) {
-      if (first >= count) {
-        for (int r = 0; r < kRows; ++r) {
-          for (int k = first; k < W; ++k) part[r][k] = V::zero();
-        }
-        break;
-      }
-      const S* key[kKeys];
-      Reg acc[kRows][kKeys];
-#pragma GCC unroll 8
-      for (int k = 0; k < kKeys; ++k) {
-        key[k] = keys.data + (first + k < count ? first + k : count - 1) * keys.row;
-        // Past the last key nothing is read; an address that does not exist is no harm.
-        for (int64_t line = 0; line < dim; line += int64_t(64 / sizeof(S)))
-          __builtin_prefetch(key[k] + kAhead * keys.row + line);
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) acc[r][k] = V::zero();
-      }
-      for (int64_t c = 0; c < dim; c += kChunk) {
-        const int n = int(dim - c < kChunk ? dim - c : kChunk);
-        Reg column[kKeys];
-#pragma GCC unroll 8
-        for (int k = 0; k < kKeys; ++k) column[k] = load_key(key[k] + c, n);
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-          const Reg row = P::load(q + r * q_ld + c);
-#pragma GCC unroll 8
-          for (int k = 0; k < kKeys; ++k) acc[r][k] = P::multiply_add(acc[r][k], row, column[k]);
-        }
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-        for (int k = 0; k < kKeys; ++k) {
-          if (first + k < W) part[r][first + k] = acc[r][k];
-        }
+    int first = 0;
+    for (; first + kKeys <= W && first < count; first += kKeys)
+      sum_lanes<kRows, kKeys>(q, q_ld, keys, first, count, dim, part);
+    if constexpr (W % kKeys != 0) {
+      if (first < count && first + kKeys > W) {
+        sum_lanes<kRows, W % kKeys>(q, q_ld, keys, first, count, dim, part);
+        first = W;
       }
     }
-    for (int r = 0; r < kRows; ++r) {
-      V::transpose(part[r]);
+    for (; first < W; ++first) {
+      for (int r = 0; r < kRows; ++r) part[r][first] = V::zero();
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) V::store(s + r * ld, V::reduce_each(part[r]));
+  }
+
+  // part[r][k] = products of row r with key k, to be summed over their lanes, for kKeys keys from `first`.
+  template <int kRows, int kKeys>
+  static FAE_INLINE void sum_lanes(const Operand* q, int64_t q_ld, SourceRows<S> keys, int first, int count,
+                                   int64_t dim, Reg (*part)[W]) {
+    const S* key[kKeys];
+    Reg acc[kRows][kKeys];
+#pragma GCC unroll 8
+    for (int k = 0; k < kKeys; ++k) {
+      key[k] = keys.data + (first + k < count ? first + k : count - 1) * keys.row;
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) acc[r][k] = V::zero();
+    }
+    // Past the last key nothing is read; an address that does not exist is no harm.
+    const int64_t ahead = kAhead * keys.row;
+    int64_t c = 0;
+    for (; c + kLine <= dim; c += kLine) {
+#pragma GCC unroll 8
+      for (int k = 0; k < kKeys; ++k) __builtin_prefetch(key[k] + ahead + c);
 #pragma GCC unroll 4
-      for (int step = 1; step < W; step *= 2) {
-#pragma GCC unroll 16
-        for (int k = 0; k + step < W; k += 2 * step) part[r][k] = V::add(part[r][k], part[r][k + step]);
-      }
-      V::store(s + r * ld, part[r][0]);
+      for (int64_t chunk = 0; chunk < kLine; chunk += kChunk)
+        add_chunk<kRows, kKeys, true>(q + c + chunk, q_ld, key, c + chunk, kChunk, acc);
+    }
+    if (c < dim) {
+#pragma GCC unroll 8
+      for (int k = 0; k < kKeys; ++k) __builtin_prefetch(key[k] + ahead + c);
+    }
+    for (; c + kChunk <= dim; c += kChunk) add_chunk<kRows, kKeys, true>(q + c, q_ld, key, c, kChunk, acc);
+    if (c < dim) add_chunk<kRows, kKeys, false>(q + c, q_ld, key, c, dim - c, acc);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int k = 0; k < kKeys; ++k) part[r][first + k] = acc[r][k];
     }
   }
 
+  // One register of each key from element c, all of it or n elements, times that of each row.
+  template <int kRows, int kKeys, bool kWhole>
+  static FAE_INLINE void add_chunk(const Operand* q, int64_t q_ld, const S* const* key, int64_t c, int64_t n,
+                                   Reg (*acc)[kKeys]) {
+    Reg column[kKeys];
+#pragma GCC unroll 8
+    for (int k = 0; k < kKeys; ++k) {
+      if constexpr (P::kPair == 2) column[k] = P::load_pairs(key[k] + c, int(n));
+      else column[k] = kWhole ? V::load(key[k] + c) : V::load_n(key[k] + c, int(n));
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Reg row = P::load(q + r * q_ld);
+#pragma GCC unroll 8
+      for (int k = 0; k < kKeys; ++k) acc[r][k] = P::multiply_add(acc[r][k], row, column[k]);
+    }
+  }
+
+  // Columns are taken in passes of about the same width: one of a single vector would wait for its sums.
   template <int kRows, int kVecs>
   static void add_columns(const Real* p, int64_t p_ld, const Real* alpha, SourceRows<S> values, int64_t n,
                           int64_t dim_v, Real* acc, int64_t acc_ld) {
-    for (int64_t c = 0; c < dim_v; c += kVecs * W) {
-      if (dim_v - c >= kVecs * W) add_block<kRows, kVecs>(p, p_ld, alpha, values, n, c, W, acc, acc_ld);
-      else
-        for (int64_t rest = c; rest < dim_v; rest += W) {
-          const int lanes = int(dim_v - rest < W ? dim_v - rest : W);
-          add_block<kRows, 1>(p, p_ld, alpha, values, n, rest, lanes, acc, acc_ld);
-        }
+    int64_t c = 0;
+    for (int64_t vecs = dim_v / W; vecs > 0;) {
+      const int64_t passes = (vecs + kVecs - 1) / kVecs, width = (vecs + passes - 1) / passes;
+      add_pass<kRows, kVecs>(int(width), p, p_ld, alpha, values, n, c, acc, acc_ld);
+      c += width * W;
+      vecs -= width;
     }
+    if (c < dim_v) add_block<kRows, 1, false>(p, p_ld, alpha, values, n, c, int(dim_v - c), acc, acc_ld);
   }
 
-  // Columns [c, c + kVecs W) of the sums, the last vector with `lanes` of its own.
   template <int kRows, int kVecs>
+  static FAE_INLINE void add_pass(int vecs, const Real* p, int64_t p_ld, const Real* alpha,
+                                  SourceRows<S> values, int64_t n, int64_t c, Real* acc, int64_t acc_ld) {
+    if constexpr (kVecs > 1) {
+      if (vecs < kVecs) return add_pass<kRows, kVecs - 1>(vecs, p, p_ld, alpha, values, n, c, acc, acc_ld);
+    }
+    add_block<kRows, kVecs, true>(p, p_ld, alpha, values, n, c, W, acc, acc_ld);
+  }
+
+  // Columns [c, c + kVecs W) of the sums; or, when not whole, the `lanes` of one vector.
+  template <int kRows, int kVecs, bool kWhole>
   static FAE_INLINE void add_block(const Real* p, int64_t p_ld, const Real* alpha, SourceRows<S> values,
                                    int64_t n, int64_t c, int lanes, Real* acc, int64_t acc_ld) {
     Reg sum[kRows][kVecs];
@@ -149,15 +175,20 @@ class Direct {
       for (int j = 0; j < kVecs; ++j)
         sum[r][j] = V::mul(V::set1(alpha[r]), V::load(acc + r * acc_ld + c + j * W));
     }
+    // Lines that begin in these columns; an earlier pass has fetched the one before.
+    constexpr int kLines = (kVecs * W + int(kLine) - 1) / int(kLine);
+    static_assert(kLine % kChunk == 0);
+    const int64_t line = round_up(c, kLine) - c, last = kVecs * W - 1;
     const S* value = values.data + c;
     for (int64_t k = 0; k < n; ++k, value += values.row) {
       Reg column[kVecs];
 #pragma GCC unroll 8
-      for (int j = 0; j < kVecs; ++j) {
-        if constexpr (kVecs == 1) column[j] = lanes == W ? V::load(value) : V::load_n(value, lanes);
-        else column[j] = V::load(value + j * W);
-        if (j * W * sizeof(S) % 64 == 0) __builtin_prefetch(value + kAhead * values.row + j * W);
+      for (int j = 0; j < kLines; ++j) {
+        const int64_t at = line + j * kLine;
+        __builtin_prefetch(value + kAhead * values.row + (at < last ? at : last));
       }
+#pragma GCC unroll 8
+      for (int j = 0; j < kVecs; ++j) column[j] = kWhole ? V::load(value + j * W) : V::load_n(value, lanes);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const Reg weight = V::set1(p[r * p_ld + k]);

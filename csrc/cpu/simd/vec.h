@@ -16,6 +16,7 @@
 //   any(mask), bytes_set(p, n)  lanes whose byte p[lane] is not 0
 //   exp2(x)                 2^x for x <= 127; 0 for -inf, NaN for NaN, 1 for 0
 //   reduce_max(r) reduce_add(r)
+//   reduce_each(r)          lane i: the sum of the lanes of r[i], for kWidth registers
 //   transpose(r)            kWidth x kWidth block held in r[kWidth], in place
 //   Words                   vectors of unsigned 64-bit lanes, for random numbers, with these members:
 //

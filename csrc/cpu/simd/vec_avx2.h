@@ -130,6 +130,23 @@ struct F32 {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
   }
 
+  // The halves of a pair of registers come together by one shuffle and two blends.
+  static FAE_INLINE Reg reduce_each(const Reg* r) {
+    Reg half[4], quarter[2];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const Reg crossed = _mm256_permute2f128_ps(r[i], r[i + 4], 0x21);
+      half[i] = add(_mm256_blend_ps(r[i], r[i + 4], 0xf0), crossed);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const Reg crossed = _mm256_shuffle_ps(half[i], half[i + 2], 0x4e);
+      quarter[i] = add(_mm256_blend_ps(half[i], half[i + 2], 0xcc), crossed);
+    }
+    const Reg odd = _mm256_permute_ps(_mm256_blend_ps(quarter[1], quarter[0], 0xaa), 0xb1);
+    return add(_mm256_blend_ps(quarter[0], quarter[1], 0xaa), odd);
+  }
+
   static FAE_INLINE void transpose(Reg* r) {
     Reg t[8];
 #pragma GCC unroll 4
@@ -208,6 +225,10 @@ struct F64 {
   static FAE_INLINE double reduce_add(Reg r) {
     const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(r), _mm256_extractf128_pd(r, 1));
     return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+  }
+  static FAE_INLINE Reg reduce_each(const Reg* r) {
+    const Reg a = _mm256_hadd_pd(r[0], r[1]), b = _mm256_hadd_pd(r[2], r[3]);
+    return add(_mm256_permute2f128_pd(a, b, 0x21), _mm256_blend_pd(a, b, 0xc));
   }
   static FAE_INLINE void transpose(Reg* r) {
     const Reg a = _mm256_unpacklo_pd(r[0], r[1]), b = _mm256_unpackhi_pd(r[0], r[1]);

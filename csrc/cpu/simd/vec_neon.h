@@ -94,6 +94,9 @@ struct F32 {
   }
   static FAE_INLINE float reduce_max(Reg r) { return vmaxvq_f32(r); }
   static FAE_INLINE float reduce_add(Reg r) { return vaddvq_f32(r); }
+  static FAE_INLINE Reg reduce_each(const Reg* r) {
+    return vpaddq_f32(vpaddq_f32(r[0], r[1]), vpaddq_f32(r[2], r[3]));
+  }
 
   static FAE_INLINE void transpose(Reg* r) {
     // Two-by-two blocks of lanes first, then two-by-two blocks of those.
@@ -169,6 +172,7 @@ struct F64 {
   }
   static FAE_INLINE double reduce_max(Reg r) { return vmaxvq_f64(r); }
   static FAE_INLINE double reduce_add(Reg r) { return vaddvq_f64(r); }
+  static FAE_INLINE Reg reduce_each(const Reg* r) { return vpaddq_f64(r[0], r[1]); }
 
   static FAE_INLINE void transpose(Reg* r) {
     const Reg a = vtrn1q_f64(r[0], r[1]);

@@ -105,6 +105,11 @@ struct ArrayVec {
     for (int i = 0; i < kLanes; ++i) s += r.lane[i];
     return s;
   }
+  static FAE_INLINE Reg reduce_each(const Reg* r) {
+    Reg sums;
+    for (int i = 0; i < kLanes; ++i) sums.lane[i] = reduce_add(r[i]);
+    return sums;
+  }
   static FAE_INLINE void transpose(Reg* r) {
     for (int i = 0; i < kLanes; ++i) {
       for (int j = 0; j < i; ++j) {

@@ -43,6 +43,11 @@ struct VecFunctions {
   static void tanh_of(In x, Real* r) { V::store(r, tanh<V>(V::load(x))); }
   static Real reduce_max(In x) { return V::reduce_max(V::load(x)); }
   static Real reduce_add(In x) { return V::reduce_add(V::load(x)); }
+  static void reduce_each(const Real* block, Real* sums) {
+    typename V::Reg rows[V::kWidth];
+    for (int i = 0; i < V::kWidth; ++i) rows[i] = V::load(block + i * V::kWidth);
+    V::store(sums, V::reduce_each(rows));
+  }
   static void transpose(Real* block) {
     typename V::Reg rows[V::kWidth];
     for (int i = 0; i < V::kWidth; ++i) rows[i] = V::load(block + i * V::kWidth);
@@ -74,6 +79,7 @@ struct VecFunctions {
     t.tanh = &tanh_of;
     t.reduce_max = &reduce_max;
     t.reduce_add = &reduce_add;
+    t.reduce_each = &reduce_each;
     t.transpose = &transpose;
     return t;
   }
