@@ -45,6 +45,26 @@ def test_bitwise_the_same_for_any_thread_count(case, dtype, cpu_target):
         same(single, run(inputs, "cpu"))
 
 
+@pytest.mark.parametrize("options", [{}, {"sinks": torch.arange(8.0)}, {"dropout_p": 0.2}], ids=str)
+def test_a_hidden_nan_of_one_head_changes_no_bit(options, cpu_target):
+    """Heads that lie side by side share a task of decoding; how many do, depends on the threads."""
+    q, k, v = torch.randn(1, 1, 8, 40), torch.randn(1, 700, 8, 40), torch.randn(1, 700, 8, 40)
+    mask = torch.ones(700, dtype=torch.bool)
+    mask[5] = False
+
+    def call():
+        torch.manual_seed(1)
+        return fae.flash_attention(q, k, v, mask=mask, **options)
+
+    want = call()
+    v[0, 5, 3] = torch.nan
+    for threads in (1, 2, 8):
+        torch.set_num_threads(threads)
+        got = call()
+        assert torch.equal(got[:, :, [0, 1, 2, 4, 5, 6, 7]], want[:, :, [0, 1, 2, 4, 5, 6, 7]])
+        torch.testing.assert_close(got, want)
+
+
 def test_bitwise_the_same_from_run_to_run(target):
     inputs = build(SPLITS[2], torch.float32)
     torch.set_num_threads(3)

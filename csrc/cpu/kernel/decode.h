@@ -43,12 +43,13 @@ class Decode : private ForwardRows<P, S> {
     }
     if (keep_) keys.begin = keys.begin / 4 * 4;  // dropout draws for four keys at a time
     attend(keys, heads, split == 0);
-    if (!all_finite(heads)) {
-      skips_hidden_ = true;
-      attend(keys, heads, split == 0);
-      skips_hidden_ = false;
-    }
     for_each_head(heads, [&] {
+      // Only this head again: which others share its task depends on the number of threads.
+      if (!all_finite()) {
+        skips_hidden_ = true;
+        attend(keys, 1, split == 0);
+        skips_hidden_ = false;
+      }
       if (plan_.splits == 1) this->store_rows();
       else leave_rows(KeySplit<Real>::at(parts, p_, plan_, split, b * p_.heads_kv + head_kv_));
     });
@@ -73,12 +74,10 @@ class Decode : private ForwardRows<P, S> {
   }
 
   // What is not finite after one block stays so, whatever it is multiplied by later.
-  bool all_finite(int64_t heads) {
+  bool all_finite() const {
     FiniteWatch<V> watch;
-    for_each_head(heads, [&] {
-      const Real* const end = acc_ + (row_end_ - row_begin_) * dim_v_padded_;
-      for (const Real* x = acc_; x < end; x += V::kWidth) watch.see(V::load(x));
-    });
+    const Real* const end = acc_ + (row_end_ - row_begin_) * dim_v_padded_;
+    for (const Real* x = acc_; x < end; x += V::kWidth) watch.see(V::load(x));
     return watch.all_finite();
   }
 

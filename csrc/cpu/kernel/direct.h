@@ -92,6 +92,7 @@ class Direct {
   template <int kRows, int kKeys>
   static FAE_INLINE void sum_lanes(const Operand* q, int64_t q_ld, SourceRows<S> keys, int first, int count,
                                    int64_t dim, Reg (*part)[W]) {
+    static_assert(kLine % kChunk == 0);
     const S* key[kKeys];
     Reg acc[kRows][kKeys];
 #pragma GCC unroll 8
@@ -177,7 +178,6 @@ class Direct {
     }
     // Lines that begin in these columns; an earlier pass has fetched the one before.
     constexpr int kLines = (kVecs * W + int(kLine) - 1) / int(kLine);
-    static_assert(kLine % kChunk == 0);
     const int64_t line = round_up(c, kLine) - c, last = kVecs * W - 1;
     const S* value = values.data + c;
     for (int64_t k = 0; k < n; ++k, value += values.row) {

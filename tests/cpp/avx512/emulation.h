@@ -194,9 +194,9 @@ FAE_EMULATED u16x32 to_bfloat16(__m512 high, __m512 low) {
 // vdpbf16ps: the products of odd elements first, each added with one rounding.
 FAE_EMULATED __m512 dot_bfloat16(__m512 sum, u32x16 a, u32x16 b) {
   const auto value = [](u32x16 x) { return bits_of<__m512>(normal_or_zero(x)); };
-  sum = fma(value(a & 0xffff0000u), value(b & 0xffff0000u), sum);
-  sum = fma(value(a << 16), value(b << 16), sum);
-  return bits_of<__m512>(normal_or_zero(bits_of<u32x16>(sum)));
+  const auto flushed = [&](__m512 x) { return value(bits_of<u32x16>(x)); };
+  sum = flushed(fma(value(a & 0xffff0000u), value(b & 0xffff0000u), flushed(sum)));
+  return flushed(fma(value(a << 16), value(b << 16), sum));
 }
 
 // Lane orders: element i of the result is element index[i] of a, or of b from the number of lanes on.
