@@ -21,6 +21,13 @@ FAE_DEVICE uint32_t pack_pair(Float16, float first, float second) {
   return pair;
 }
 
+FAE_DEVICE float widen(BFloat16 x) { return to_float(x); }
+FAE_DEVICE float widen(Float16 x) {
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+  return wide;
+}
+
 // fp32 bits rounded to TF32's 10 fraction bits, to nearest, ties away from zero.
 FAE_DEVICE uint32_t to_tf32(float x) {
   uint32_t bits;
@@ -37,6 +44,9 @@ inline uint32_t pack_pair(BFloat16, float first, float second) {
 inline uint32_t pack_pair(Float16, float first, float second) {
   return uint32_t(to_float16(first).bits) | uint32_t(to_float16(second).bits) << 16;
 }
+
+inline float widen(BFloat16 x) { return to_float(x); }
+inline float widen(Float16 x) { return to_float(x); }
 
 inline uint32_t to_tf32(float x) {
   const uint32_t u = bit_cast<uint32_t>(x);

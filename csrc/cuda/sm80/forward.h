@@ -105,16 +105,18 @@ class Forward {
   FAE_DEVICE void load_next(Smem<std::byte> slot) {
     if (load_key_ >= key_end_) return;
     const int count = key_end_ - load_key_ < kTileKV ? key_end_ - load_key_ : kTileKV;
-    if (load_step_ < steps()) {
-      load_keys<kThreads>(TileKV{slot}, sequence_.k(p_), p_.k, p_, sequence_, load_key_, count,
-                          load_step_ * kDim, int(p_.dim), params_.vector.k);
-      if constexpr (kSplit) load_q(TileQ{slot + TileKV::kBytes}, load_step_ * kDim);
-      ++load_step_;
-    } else {
-      load_keys<kThreads>(TileKV{slot}, sequence_.v(p_), p_.v, p_, sequence_, load_key_, count, column_v(),
-                          int(p_.dim_v), params_.vector.v);
+    // Loads are long code: one, whatever it is of.
+    const bool values = load_step_ == steps();
+    const Slices<const T> x{values ? sequence_.v(p_) : sequence_.k(p_), int(values ? p_.dim_v : p_.dim),
+                            values ? params_.vector.v : params_.vector.k};
+    load_keys<kThreads>(TileKV{slot}, x, (values ? p_.v : p_.k).stride[0], p_, sequence_, load_key_, count,
+                        values ? column_v() : load_step_ * kDim);
+    if (values) {
       load_step_ = 0;
       load_key_ += kTileKV;
+    } else {
+      if constexpr (kSplit) load_q(TileQ{slot + TileKV::kBytes}, load_step_ * kDim);
+      ++load_step_;
     }
   }
 

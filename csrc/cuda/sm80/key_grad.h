@@ -88,27 +88,20 @@ class KeyGrad {
   FAE_DEVICE int steps_k() const { return kSplit ? int((p_.dim + kDim - 1) / kDim) : 1; }
   FAE_DEVICE int steps_v() const { return kSplit ? int((p_.dim_v + kDim - 1) / kDim) : 1; }
 
-  FAE_DEVICE void load_keys(TileKV tile, const RowSource<const T>& source, int column, int64_t columns,
-                            bool vector) const {
-    load_tile<kThreads>(tile, source, PlainRows{key_}, key_count_, column, int(columns), vector);
+  using Operand = Slices<const T>;
+  FAE_DEVICE Operand k() const { return {sequence_.k(p_), int(p_.dim), params_.vector.k}; }
+  FAE_DEVICE Operand v() const { return {sequence_.v(p_), int(p_.dim_v), params_.vector.v}; }
+  FAE_DEVICE Operand q() const { return {sequence_.q(p_), int(p_.dim), params_.vector.q}; }
+  FAE_DEVICE Operand dout() const {
+    return {sequence_.dout(params_.call.dout), int(p_.dim_v), params_.vector.dout};
   }
-  FAE_DEVICE void load_rows(TileQ tile, const RowSource<const T>& source, int column, int64_t columns,
-                            bool vector) const {
+  FAE_DEVICE void load_keys(TileKV tile, const Operand& x, int column) const {
+    load_tile<kThreads>(tile, x.source, PlainRows{key_}, key_count_, column, x.columns, x.vector);
+  }
+  FAE_DEVICE void load_rows(TileQ tile, const Operand& x, int column) const {
     const int left = packed_rows() - load_row_;
-    load_tile<kThreads>(tile, source, PackedRows(load_row_, p_.group()), left < kTileQ ? left : kTileQ,
-                        column, int(columns), vector);
-  }
-  FAE_DEVICE void load_k(TileKV tile, int c) const {
-    load_keys(tile, sequence_.k(p_), c, p_.dim, params_.vector.k);
-  }
-  FAE_DEVICE void load_v(TileKV tile, int c) const {
-    load_keys(tile, sequence_.v(p_), c, p_.dim_v, params_.vector.v);
-  }
-  FAE_DEVICE void load_q(TileQ tile, int c) const {
-    load_rows(tile, sequence_.q(p_), c, p_.dim, params_.vector.q);
-  }
-  FAE_DEVICE void load_dout(TileQ tile, int c) const {
-    load_rows(tile, sequence_.dout(params_.call.dout), c, p_.dim_v, params_.vector.dout);
+    load_tile<kThreads>(tile, x.source, PackedRows(load_row_, p_.group()), left < kTileQ ? left : kTileQ,
+                        column, x.columns, x.vector);
   }
 
   // The next item of the sequence. Whole: Q and dO of a tile of rows. Split: slices of K and Q,
@@ -116,25 +109,19 @@ class KeyGrad {
   FAE_DEVICE void load_next(Smem<std::byte> slot) {
     if (load_row_ >= row_end_) return;
     if constexpr (!kSplit) {
-      load_q(TileQ{slot}, 0);
-      load_dout(TileQ{slot + TileQ::kBytes}, 0);
+      load_rows(TileQ{slot}, q(), 0);
+      load_rows(TileQ{slot + TileQ::kBytes}, dout(), 0);
       load_row_ += kTileQ;
     } else {
-      const TileKV keys{slot};
-      const TileQ rows{slot + TileKV::kBytes};
-      const int step = load_step_++;
-      if (step < steps_k()) {
-        load_k(keys, step * kDim);
-        load_q(rows, step * kDim);
-      } else if (step < steps_k() + steps_v()) {
-        load_v(keys, (step - steps_k()) * kDim);
-        load_dout(rows, (step - steps_k()) * kDim);
-      } else {
-        load_dout(TileQ{slot}, column());
-        load_q(rows, column());
-        load_step_ = 0;
-        load_row_ += kTileQ;
-      }
+      // Loads are long code: one of keys and two of rows, whatever they are of.
+      const int step = load_step_, last = steps_k() + steps_v();
+      const bool second = step >= steps_k() && step < last;
+      const int c = step == last ? column() : (second ? step - steps_k() : step) * kDim;
+      if (step == last) load_rows(TileQ{slot}, dout(), c);
+      else load_keys(TileKV{slot}, second ? v() : k(), c);
+      load_rows(TileQ{slot + TileKV::kBytes}, second ? dout() : q(), c);
+      load_step_ = step == last ? 0 : step + 1;
+      if (step == last) load_row_ += kTileQ;
     }
   }
 
@@ -147,8 +134,8 @@ class KeyGrad {
     clear(dk);
     clear(dv);
     if constexpr (!kSplit) {
-      load_k(resident_k(), 0);
-      load_v(resident_v(), 0);
+      load_keys(resident_k(), k(), 0);
+      load_keys(resident_v(), v(), 0);
     }
     ring.start(load);
     for (int row = row_; row < row_end_; row += kTileQ) {

@@ -75,24 +75,20 @@ class QueryGrad {
   FAE_DEVICE int steps_k() const { return kSplit ? int((p_.dim + kDim - 1) / kDim) : 1; }
   FAE_DEVICE int steps_v() const { return kSplit ? int((p_.dim_v + kDim - 1) / kDim) : 1; }
 
-  FAE_DEVICE void load_q(TileQ tile, int c) const {
-    load_tile<kThreads>(tile, sequence_.q(p_), rows_, row_count_, c, int(p_.dim), params_.vector.q);
+  using Operand = Slices<const T>;
+  FAE_DEVICE Operand k() const { return {sequence_.k(p_), int(p_.dim), params_.vector.k}; }
+  FAE_DEVICE Operand v() const { return {sequence_.v(p_), int(p_.dim_v), params_.vector.v}; }
+  FAE_DEVICE Operand q() const { return {sequence_.q(p_), int(p_.dim), params_.vector.q}; }
+  FAE_DEVICE Operand dout() const {
+    return {sequence_.dout(params_.call.dout), int(p_.dim_v), params_.vector.dout};
   }
-  FAE_DEVICE void load_dout(TileQ tile, int c) const {
-    load_tile<kThreads>(tile, sequence_.dout(params_.call.dout), rows_, row_count_, c, int(p_.dim_v),
-                        params_.vector.dout);
+  FAE_DEVICE void load_rows(TileQ tile, const Operand& x, int column) const {
+    load_tile<kThreads>(tile, x.source, rows_, row_count_, column, x.columns, x.vector);
   }
-  FAE_DEVICE void load_keys(TileKV tile, const RowSource<const T>& source, int c, int64_t columns,
-                            bool vector) const {
+  FAE_DEVICE void load_keys(TileKV tile, const Operand& x, int column) const {
     const int left = key_end_ - load_key_;
-    load_tile<kThreads>(tile, source, PlainRows{load_key_}, left < kTileKV ? left : kTileKV, c, int(columns),
-                        vector);
-  }
-  FAE_DEVICE void load_k(TileKV tile, int c) const {
-    load_keys(tile, sequence_.k(p_), c, p_.dim, params_.vector.k);
-  }
-  FAE_DEVICE void load_v(TileKV tile, int c) const {
-    load_keys(tile, sequence_.v(p_), c, p_.dim_v, params_.vector.v);
+    load_tile<kThreads>(tile, x.source, PlainRows{load_key_}, left < kTileKV ? left : kTileKV, column,
+                        x.columns, x.vector);
   }
 
   // The next item of the sequence. Whole: K and V of a tile of keys. Split: slices of K and Q,
@@ -101,20 +97,19 @@ class QueryGrad {
     if (load_key_ >= key_end_) return;
     const TileKV keys{slot};
     if constexpr (!kSplit) {
-      load_k(keys, 0);
-      load_v(TileKV{slot + TileKV::kBytes}, 0);
+      load_keys(keys, k(), 0);
+      load_keys(TileKV{slot + TileKV::kBytes}, v(), 0);
       load_key_ += kTileKV;
     } else {
-      const TileQ rows{slot + TileKV::kBytes};
-      const int step = load_step_++;
-      if (step < steps_k()) {
-        load_k(keys, step * kDim);
-        load_q(rows, step * kDim);
-      } else if (step < steps_k() + steps_v()) {
-        load_v(keys, (step - steps_k()) * kDim);
-        load_dout(rows, (step - steps_k()) * kDim);
+      // Loads are long code: one of keys and one of rows, whatever they are of.
+      const int step = load_step_, last = steps_k() + steps_v();
+      const bool second = step >= steps_k() && step < last;
+      const int c = step == last ? column() : (second ? step - steps_k() : step) * kDim;
+      load_keys(keys, second ? v() : k(), c);
+      if (step < last) {
+        load_rows(TileQ{slot + TileKV::kBytes}, second ? dout() : q(), c);
+        load_step_ = step + 1;
       } else {
-        load_k(keys, column());
         load_step_ = 0;
         load_key_ += kTileKV;
       }
@@ -133,8 +128,8 @@ class QueryGrad {
     float distances[2] = {0, 0};  // sums of dS times the distance of ALiBi
     const int first_key = load_key_;
     if (!kSplit && first_key < key_end_) {  // without keys no barrier would follow
-      load_q(resident_q(), 0);
-      load_dout(resident_dout(), 0);
+      load_rows(resident_q(), q(), 0);
+      load_rows(resident_dout(), dout(), 0);
     }
     ring.start(load);
     for (int key = first_key; key < key_end_; key += kTileKV) {

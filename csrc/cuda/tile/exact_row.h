@@ -22,6 +22,7 @@ FAE_DEVICE float load_element(const View4& view, int64_t offset, int64_t column)
 template <class T>
 FAE_DEVICE float dot(const View4& a, int64_t a_offset, const View4& b, int64_t b_offset, int64_t columns) {
   float sum = 0;
+  FAE_NO_UNROLL
   for (int64_t c = 0; c < columns; ++c)
     sum += load_element<T>(a, a_offset, c) * load_element<T>(b, b_offset, c);
   return sum;
@@ -117,6 +118,7 @@ FAE_DEVICE_COLD double exact_output_row(const ForwardParams& params, int batch, 
     sink = load_head_value(p.score.sinks, batch, row.sequence.head() + row.rows.head(0));
   }
   float max = sink, sum = 0;
+  FAE_NO_UNROLL
   for (int j = int(seen.begin) + lane; j < seen.end; j += kWarpSize) {
     const float s = score(j);
     if (s > max) max = s;
@@ -125,6 +127,7 @@ FAE_DEVICE_COLD double exact_output_row(const ForwardParams& params, int batch, 
   const float shift = max == kHidden ? 0.0f : max;
   if (lane == 0 && sink != kHidden) sum = exp2_fast((sink - shift) * exponent);
   LaneColumns<kCols> out;
+  FAE_NO_UNROLL
   for (int first = int(seen.begin); first < seen.end; first += kWarpSize) {
     const int j = first + lane;
     const float s = j < seen.end ? score(j) : kHidden;
@@ -132,6 +135,7 @@ FAE_DEVICE_COLD double exact_output_row(const ForwardParams& params, int batch, 
     sum += s == kHidden ? 0.0f : weight;
     if (!keeps<kModified>(row, key, j)) weight = 0;
     const uint32_t visible = warp_ballot(s != kHidden);
+    FAE_NO_UNROLL
     for (int turn = 0; turn < kWarpSize; ++turn) {
       const float its_weight = shuffle(weight, turn);
       if (!(visible >> turn & 1)) continue;
@@ -184,11 +188,13 @@ FAE_DEVICE_COLD void exact_query_grad_row(const BackwardParams& params, int batc
   const int i = row.rows.query(0);
   const KeyRange seen = visible_keys(sequence.band(), sequence.kv_length, i, i + 1);
   LaneColumns<kCols> dq;
+  FAE_NO_UNROLL
   for (int first = int(seen.begin); first < seen.end; first += kWarpSize) {
     const int j = first + lane_index();
     PairGrad pair{0, 0, false};
     if (j < seen.end) pair = exact_pair_grad<T, kModified>(params, batch, head_kv, packed_row, j);
     const uint32_t visible = warp_ballot(pair.visible);
+    FAE_NO_UNROLL
     for (int turn = 0; turn < kWarpSize; ++turn) {
       const float ds = shuffle(pair.ds, turn);
       if (!(visible >> turn & 1)) continue;
@@ -209,11 +215,13 @@ FAE_DEVICE_COLD void exact_key_grad_row(const BackwardParams& params, int batch,
   const KeyRange seeing = seeing_queries(sequence.band(), sequence.seq_q, j, j + 1);
   const int group = int(p.group()), end = seeing.empty() ? 0 : int(seeing.end) * group;
   LaneColumns<kCols> dk, dv;
+  FAE_NO_UNROLL
   for (int first = seeing.empty() ? 0 : int(seeing.begin) * group; first < end; first += kWarpSize) {
     const int row = first + lane_index();
     PairGrad pair{0, 0, false};
     if (row < end) pair = exact_pair_grad<T, kModified>(params, batch, head_kv, row, j);
     const uint32_t visible = warp_ballot(pair.visible);
+    FAE_NO_UNROLL
     for (int turn = 0; turn < kWarpSize; ++turn) {
       const float weight = shuffle(pair.p, turn), ds = shuffle(pair.ds, turn);
       if (!(visible >> turn & 1)) continue;

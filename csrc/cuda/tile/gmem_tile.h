@@ -51,6 +51,7 @@ FAE_DEVICE void load_tile(SmemTile<T, kRows, kCols> tile, const RowSource<const 
     }
     return;
   }
+  FAE_NO_UNROLL
   for (int index = thread_index(); index < kTotal; index += kThreads) {
     const int r = index / Tile::kChunks, chunk = index % Tile::kChunks;
     const int c = column + chunk * Tile::kChunk;
@@ -66,17 +67,26 @@ FAE_DEVICE void load_tile(SmemTile<T, kRows, kCols> tile, const RowSource<const 
   }
 }
 
-// Begins to fill a tile with keys or values [key, key + row_count) of a sequence, whose K or V is `source`.
+// What slices of a tensor are loaded from: its rows, of so many columns. `vector`: see VectorRows.
+template <class T>
+struct Slices {
+  RowSource<T> source;
+  int columns;
+  bool vector;
+};
+
+// Begins to fill a tile with keys or values [key, key + row_count) of a sequence; x: its K or V, whose pages
+// are page_stride elements apart.
 template <int kThreads, class T, int kRows, int kCols>
-FAE_DEVICE void load_keys(SmemTile<T, kRows, kCols> tile, const RowSource<const T>& source, const View4& view,
+FAE_DEVICE void load_keys(SmemTile<T, kRows, kCols> tile, const Slices<const T>& x, int64_t page_stride,
                           const Problem& p, const SharedSequence<T>& sequence, int key, int row_count,
-                          int column, int columns, bool vector) {
+                          int column) {
   // Out of the way of all other calls.
   if (const PageTable& pages = p.cache.pages; __builtin_expect(pages.present(), false)) {
-    const PagedRows rows{pages, sequence.batch(), sequence.first_key() + key, view.stride[0]};
-    load_tile<kThreads>(tile, source, rows, row_count, column, columns, vector);
+    const PagedRows rows{pages, sequence.batch(), sequence.first_key() + key, page_stride};
+    load_tile<kThreads>(tile, x.source, rows, row_count, column, x.columns, x.vector);
   } else {
-    load_tile<kThreads>(tile, source, PlainRows{key}, row_count, column, columns, vector);
+    load_tile<kThreads>(tile, x.source, PlainRows{key}, row_count, column, x.columns, x.vector);
   }
 }
 
@@ -86,25 +96,33 @@ template <int kRowsOfWarp, class T, int kRows, int kCols, class Rows>
 FAE_DEVICE void store_rows(SmemTile<T, kRows, kCols> tile, const RowSource<T>& target, const Rows& rows,
                            int first_row, int row_count, int column, int columns, bool vector) {
   using Tile = SmemTile<T, kRows, kCols>;
-  constexpr int kTotal = kRowsOfWarp * Tile::kChunks;
-  FAE_UNROLL
-  for (int i = 0; i < kTotal / kWarpSize; ++i) {
+  constexpr int kSteps = kRowsOfWarp * Tile::kChunks / kWarpSize;
+  // store(row, c, bits) for the chunks of this lane that exist, the i-th of them now.
+  const auto store_chunk = [&](int i, auto&& store) {
     const int index = i * kWarpSize + lane_index();
     const int r = first_row + index / Tile::kChunks, chunk = index % Tile::kChunks;
     const int c = column + chunk * Tile::kChunk;
-    if (r >= row_count || c >= columns) continue;
-    const Vec16 bits = load_shared(tile.chunk(r, chunk).template as<Vec16>());
-    T* const row = row_pointer(target, rows, r);
-    if (vector) {
-      store_global(reinterpret_cast<Vec16*>(row + c), bits);
-    } else {
+    if (r >= row_count || c >= columns) return;
+    store(row_pointer(target, rows, r), c, load_shared(tile.chunk(r, chunk).template as<Vec16>()));
+  };
+  if (vector) {
+    FAE_UNROLL
+    for (int i = 0; i < kSteps; ++i) {
+      store_chunk(i,
+                  [](T* row, int c, Vec16 bits) { store_global(reinterpret_cast<Vec16*>(row + c), bits); });
+    }
+    return;
+  }
+  FAE_NO_UNROLL
+  for (int i = 0; i < kSteps; ++i) {
+    store_chunk(i, [&](T* row, int c, Vec16 bits) {
       T values[Tile::kChunk];
       memcpy(values, &bits, 16);
       FAE_UNROLL
       for (int e = 0; e < Tile::kChunk; ++e) {
         if (c + e < columns) store_global(row + (c + e) * target.column_stride, values[e]);
       }
-    }
+    });
   }
 }
 

@@ -106,6 +106,7 @@ FAE_DEVICE TileClass classify_elements(const ScoreTile& tile, int row, int colum
         any_hidden |= bytes.word[w] != 0x01010101u;
       }
     } else {
+      FAE_NO_UNROLL
       for (int e = 0; e < 16 && j + e < keys; ++e) {
         (load_global(p + e * mask.stride[3]) ? any_visible : any_hidden) = true;
       }

@@ -319,13 +319,13 @@ FAE_DEVICE void finish_scores(FragC (&s)[kM][kN], FragC (*slope)[kN], const Scor
       const auto* data = static_cast<const float*>(bias.data);
       for_each_visible<kTransposed>(s, bias, tile, row, column,
                                     [=](float& x, int64_t at) { add(x, load_global(data + at)); });
-    } else if (dtype == DType::kBFloat16) {
-      const auto* data = static_cast<const BFloat16*>(bias.data);
-      for_each_visible<kTransposed>(s, bias, tile, row, column,
-                                    [=](float& x, int64_t at) { add(x, to_float(load_global(data + at))); });
+    } else if (dtype != DType::kFloat64) {
+      for_each_visible<kTransposed>(s, bias, tile, row, column, [=, &bias](float& x, int64_t at) {
+        add(x, load_half_as_float(bias.data, dtype, at));
+      });
     } else {
       for_each_visible<kTransposed>(s, bias, tile, row, column, [=, &bias](float& x, int64_t at) {
-        add(x, load_as_float(bias.data, dtype, at));
+        add(x, load_double_as_float(bias.data, at));
       });
     }
   }
