@@ -13,9 +13,12 @@ namespace {
 // Enough heads to keep every thread busy: a task is a whole head.
 void run_heads(const BackwardCall& call, const Plan& plan, const BackwardKernel& kernel, std::byte* workspace,
                const Executor& executor) {
-  for_each_task(executor, plan.tasks, [&](int worker, int64_t unit) {
-    kernel.run_head(call, plan, unit, workspace + size_t(worker) * plan.worker_bytes);
-  });
+  for_each_task(
+      executor, plan.tasks,
+      [&](int worker, int64_t unit) {
+        kernel.run_head(call, plan, unit, workspace + size_t(worker) * plan.worker_bytes);
+      },
+      Sharing::kNeighbours);
 }
 
 // Few heads: their query rows are cut into chunks, a number that depends on the problem

@@ -70,10 +70,14 @@ void forward(const ForwardCall& call, const Plan& plan, const Executor& executor
   const Workspace workspace(plan.worker_bytes * size_t(plan.threads)), parts(plan.shared_bytes);
   Executor limited = executor;
   limited.threads = plan.threads;
-  for_each_task(limited, plan.tasks, [&](int worker, int64_t task) {
-    kernels.forward.run(call, plan, task, parts.data(),
-                        workspace.data() + size_t(worker) * plan.worker_bytes);
-  });
+  const bool alike = plan.direct || plan.tasks == p.batch * p.heads_kv;
+  for_each_task(
+      limited, plan.tasks,
+      [&](int worker, int64_t task) {
+        kernels.forward.run(call, plan, task, parts.data(),
+                            workspace.data() + size_t(worker) * plan.worker_bytes);
+      },
+      alike ? Sharing::kNeighbours : Sharing::kInOrder);
   if (plan.splits == 1) return;
   for_each_task(limited, p.batch * p.heads_kv, [&](int, int64_t unit) {
     if (p.dtype == DType::kFloat64) merge_splits<double>(call, plan, parts.data(), unit);

@@ -14,11 +14,14 @@ struct Executor {
   void (*run)(void* context, int workers, void (*body)(void* arg, int worker), void* arg) = nullptr;
 };
 
-// Workers draw task numbers from one counter, so that a slow task delays nobody;
-// tasks are numbered most expensive first. Which worker takes which task never
-// changes a result. fn(worker, task).
+// How tasks are handed out: in their order, or so that each worker begins with its share of neighbours, whose
+// memory lies together and may still be in its cache from the call before, and then helps the others.
+enum class Sharing { kInOrder, kNeighbours };
+
+// Workers draw task numbers from counters, so that a slow task delays nobody; in order, tasks are numbered
+// most expensive first. Which worker takes which task never changes a result. fn(worker, task).
 template <class Fn>
-void for_each_task(const Executor& executor, int64_t tasks, Fn&& fn) {
+void for_each_task(const Executor& executor, int64_t tasks, Fn&& fn, Sharing sharing = Sharing::kInOrder) {
   if (tasks <= 0) return;
   const int64_t wanted = executor.run ? executor.threads : 1;
   const int workers = int(wanted < tasks ? wanted : tasks);
@@ -26,18 +29,31 @@ void for_each_task(const Executor& executor, int64_t tasks, Fn&& fn) {
     for (int64_t t = 0; t < tasks; ++t) fn(0, t);
     return;
   }
+  constexpr int kMostQueues = 64;
+  struct alignas(64) Queue {  // a line of the cache each
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
   struct Shared {
-    std::atomic<int64_t> next{0};
-    int64_t tasks;
+    Queue queues[kMostQueues];
+    int count;
     Fn* fn;
   } shared;
-  shared.tasks = tasks;
+  shared.count = sharing == Sharing::kInOrder ? 1 : workers < kMostQueues ? workers : kMostQueues;
+  for (int i = 0; i < shared.count; ++i) {
+    shared.queues[i].next.store(tasks * i / shared.count, std::memory_order_relaxed);
+    shared.queues[i].end = tasks * (i + 1) / shared.count;
+  }
   shared.fn = &fn;
   executor.run(
       executor.context, workers,
       [](void* arg, int worker) {
         auto& s = *static_cast<Shared*>(arg);
-        for (int64_t t; (t = s.next.fetch_add(1, std::memory_order_relaxed)) < s.tasks;) (*s.fn)(worker, t);
+        for (int i = 0; i < s.count; ++i) {
+          Queue& queue = s.queues[(worker + i) % s.count];
+          for (int64_t t; (t = queue.next.fetch_add(1, std::memory_order_relaxed)) < queue.end;)
+            (*s.fn)(worker, t);
+        }
       },
       &shared);
 }

@@ -161,7 +161,6 @@ Plan plan_forward(const Problem& p, Isa isa, int threads, const Advice& advice) 
 Plan plan_backward(const Problem& p, Isa isa, int threads, const Advice& advice) {
   // Numbers that the order of summation depends on come from the problem alone.
   constexpr int64_t kEnoughTasks = 32;
-  constexpr int64_t kFewestRows = 192;
   const DTypeKernels& kernels = kernels_for(isa, p.dtype);
   const KernelInfo& info = kernels.info;
   Plan plan = begin_plan(p, isa, info);
@@ -186,7 +185,9 @@ Plan plan_backward(const Problem& p, Isa isa, int threads, const Advice& advice)
   const int64_t units = p.batch * p.heads_kv;
   const int64_t counted = advice.batch_invariant ? p.heads_kv : units;
   if (units > 0 && counted < kEnoughTasks && p.seq_kv > 0) {
-    plan.chunks = std::clamp<int64_t>(rows / kFewestRows, 1, ceil_div(kEnoughTasks, counted));
+    // Each chunk packs all keys and adds to all of their gradients: short ones only where heads are few.
+    const int64_t fewest_rows = counted < 4 ? 192 : 384;
+    plan.chunks = std::clamp<int64_t>(rows / fewest_rows, 1, ceil_div(kEnoughTasks, counted));
   }
   plan.tasks = units * plan.chunks;
   plan.direct = wants_direct(p, advice);

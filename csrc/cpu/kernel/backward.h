@@ -130,7 +130,9 @@ class Backward : private ScoreGrad<P, S> {
         clear_packed_row<P>(k_rows_, k_end - k, p_.dim, special_[i]);
     }
     for (int64_t row = begin; row < end; row += plan_.block_q) {
-      accumulate_rows(row, row + plan_.block_q < end ? row + plan_.block_q : end);
+      const int64_t next = row + plan_.block_q < end ? row + plan_.block_q : end;
+      this->fetch_rows(next, next + plan_.block_q < end ? next + plan_.block_q : end);
+      accumulate_rows(row, next);
     }
     return true;
   }

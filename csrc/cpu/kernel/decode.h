@@ -16,7 +16,8 @@ class Decode : private ForwardRows<P, S> {
   using Base = ForwardRows<P, S>;
   using typename Base::Real;
   using typename Base::V;
-  using Base::arena_, Base::p_, Base::plan_, Base::scale_, Base::dim_padded_, Base::dim_v_padded_;
+  using Base::arena_, Base::p_, Base::plan_, Base::scale_, Base::group_, Base::dim_padded_,
+      Base::dim_v_padded_;
   using Base::b_, Base::head_kv_, Base::row_begin_, Base::row_end_, Base::sequence_;
   using Base::q_, Base::acc_, Base::max_, Base::sum_, Base::scratch_, Base::keep_;
   using Products = Direct<P, S>;
@@ -95,7 +96,7 @@ class Decode : private ForwardRows<P, S> {
   void attend_block(int64_t k_begin, int64_t k_end) {
     const int rows = int(row_end_ - row_begin_);
     RowRef refs[kDirectRows];
-    for (int i = 0; i < rows; ++i) refs[i] = row_ref(row_begin_ + i, head_kv_, p_.group());
+    for (int i = 0; i < rows; ++i) refs[i] = row_ref(row_begin_ + i, head_kv_, group_);
     TileMask mask{k_begin, k_end};
     if (p_.has_mask()) mask = classify_masks(p_, b_, refs, rows, k_begin, k_end);
     if (mask.skip()) return;

@@ -14,7 +14,8 @@ class Forward : private ForwardRows<P, S> {
   using typename Base::Operand;
   using typename Base::Real;
   using typename Base::V;
-  using Base::arena_, Base::p_, Base::plan_, Base::scale_, Base::dim_padded_, Base::dim_v_padded_;
+  using Base::arena_, Base::p_, Base::plan_, Base::scale_, Base::group_, Base::dim_padded_,
+      Base::dim_v_padded_;
   using Base::b_, Base::head_kv_, Base::row_begin_, Base::row_end_, Base::sequence_;
   using Base::q_, Base::acc_, Base::max_, Base::sum_, Base::scratch_, Base::keep_;
   static constexpr int kRows = V::kTileRows;
@@ -52,7 +53,7 @@ class Forward : private ForwardRows<P, S> {
     for (int64_t r = row_begin_; r < row_end_; r += kRows) {
       const int rows = int(row_end_ - r < kRows ? row_end_ - r : kRows);
       RowRef refs[kRows];
-      for (int i = 0; i < rows; ++i) refs[i] = row_ref(r + i, head_kv_, p_.group());
+      for (int i = 0; i < rows; ++i) refs[i] = row_ref(r + i, head_kv_, group_);
       const int64_t q_begin = refs[0].query, q_end = refs[rows - 1].query + 1;
       const KeyRange seen = visible_keys(sequence_.band, sequence_.kv_length, q_begin, q_end);
       const int64_t begin = seen.begin > k_begin ? seen.begin : k_begin;

@@ -28,6 +28,7 @@ class ForwardRows {
         plan_(plan),
         scale_(call.problem.score),
         arena_(base),
+        group_(call.problem.group()),
         dim_padded_(dim_padded),
         dim_v_padded_(round_up(call.problem.dim_v, V::kWidth)) {
     q_ = arena_.take<Operand>(slots * plan.block_q * dim_padded_);
@@ -49,15 +50,15 @@ class ForwardRows {
     b_ = unit / p_.heads_kv;
     head_kv_ = unit % p_.heads_kv;
     sequence_ = p_.sequence(b_);
-    const int64_t rows = sequence_.seq_q * p_.group();
+    const int64_t rows = sequence_.seq_q * group_;
     row_begin_ = tile * plan_.block_q;
     row_end_ = row_begin_ + plan_.block_q < rows ? row_begin_ + plan_.block_q : rows;
     return row_begin_ < row_end_;
   }
   // Keys that some row of the task sees.
   KeyRange keys_of_task() const {
-    const int64_t group = p_.group();
-    return visible_keys(sequence_.band, sequence_.kv_length, row_begin_ / group, (row_end_ - 1) / group + 1);
+    return visible_keys(sequence_.band, sequence_.kv_length, row(0).query,
+                        row(row_end_ - row_begin_ - 1).query + 1);
   }
 
   // Goes `slots` heads on, with their rows.
@@ -69,7 +70,7 @@ class ForwardRows {
     sum_ += slots * plan_.block_q;
   }
   // Row i of the task.
-  RowRef row(int64_t i) const { return row_ref(row_begin_ + i, head_kv_, p_.group()); }
+  RowRef row(int64_t i) const { return row_ref(row_begin_ + i, head_kv_, group_); }
   SourceRows<S> rows_of(const View4& x, int64_t head, int64_t row) const {
     return {static_cast<const S*>(x.data) + x.offset(b_, head, row), x.stride[2], x.stride[3]};
   }
@@ -98,7 +99,7 @@ class ForwardRows {
   void load_queries(bool with_sinks) {
     const int64_t n = row_end_ - row_begin_, packed = round_up(p_.dim, P::kPair);
     for (int64_t i = 0; i < n; ++i) {
-      const RowRef ref = row_ref(row_begin_ + i, head_kv_, p_.group());
+      const RowRef ref = row_ref(row_begin_ + i, head_kv_, group_);
       Operand* const q = q_ + i * dim_padded_;
       pack_operand<P>(rows_of(p_.q, ref.head, sequence_.first_query + ref.query), 1, p_.dim, q);
       for (int64_t c = packed; c < dim_padded_; ++c) q[c] = Operand{};
@@ -118,19 +119,32 @@ class ForwardRows {
     for (int64_t j = 0; j < keys; ++j) probabilities[j] = keep_[j] != 0 ? probabilities[j] : T{};
   }
 
+  // x / divisor by its reciprocal and one correction, which rounds as a division does but for rare last
+  // bits, and takes a fifth of its time.
+  struct Quotient {
+    typename V::Reg reciprocal, negative;
+    FAE_INLINE explicit Quotient(Real divisor)
+        : reciprocal(V::set1(Real(1) / divisor)), negative(V::set1(-divisor)) {}
+    FAE_INLINE typename V::Reg operator()(typename V::Reg x) const {
+      const typename V::Reg near = V::mul(x, reciprocal);
+      const typename V::Reg exact = V::fma(V::fma(near, negative, x), reciprocal, near);
+      return V::select(V::equal(exact, exact), exact, near);  // an infinity has no correction
+    }
+  };
+
   void store_rows() {
     for (int64_t r = row_begin_; r < row_end_; ++r) {
       const int64_t i = r - row_begin_;
-      const RowRef ref = row_ref(r, head_kv_, p_.group());
+      const RowRef ref = row_ref(r, head_kv_, group_);
       const int64_t query = sequence_.first_query + ref.query;
       S* out = static_cast<S*>(call_.out.data) + call_.out.offset(b_, ref.head, query);
       // A row that saw nothing has acc = 0; dividing by 1 keeps it.
       const Real total = sum_[i] == 0 ? Real(1) : sum_[i];
-      const typename V::Reg sum = V::set1(keep_ ? total / Real(p_.dropout.keep_scale) : total);
+      const Quotient divided_by_sum(keep_ ? total / Real(p_.dropout.keep_scale) : total);
       for (int64_t c = 0; c < p_.dim_v; c += V::kWidth) {
         const int lanes = int(p_.dim_v - c < V::kWidth ? p_.dim_v - c : V::kWidth);
         store_row<V>(out + c * call_.out.stride[3], call_.out.stride[3],
-                     V::div(V::load(acc_ + i * dim_v_padded_ + c), sum), lanes);
+                     divided_by_sum(V::load(acc_ + i * dim_v_padded_ + c)), lanes);
       }
       if (call_.lse.present()) {
         using Lse = typename LseType<S>::Type;
@@ -151,7 +165,7 @@ class ForwardRows {
   const Plan& plan_;
   const ScoreScale<Real> scale_;
   Arena arena_;
-  const int64_t dim_padded_, dim_v_padded_;
+  const int64_t group_, dim_padded_, dim_v_padded_;
 
   // One task's state.
   int64_t b_ = 0, head_kv_ = 0, row_begin_ = 0, row_end_ = 0;

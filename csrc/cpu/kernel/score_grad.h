@@ -172,6 +172,14 @@ class ScoreGrad {
     }
   }
 
+  // Fetches early, into the second level of the cache, what load_rows is to read of these rows.
+  void fetch_rows(int64_t begin, int64_t end) const {
+    for (int64_t row = begin; row < end; ++row) {
+      fetch_line_by_line(query_of(p_.q, row), p_.dim);
+      fetch_line_by_line(query_of(call_.dout, row), p_.dim_v);
+    }
+  }
+
   // delta of packed rows [begin, end), by the very product that makes dP: a row that sees
   // one key has O = V, and dP - delta is then exactly 0 and not a rounding error.
   void compute_delta(int64_t begin, int64_t end, Real* delta) {
@@ -279,6 +287,12 @@ class ScoreGrad {
  private:
   SourceRows<S> rows_of(const View4& x, int64_t head, int64_t row) const {
     return {static_cast<const S*>(x.data) + x.offset(b_, head, row), x.stride[2], x.stride[3]};
+  }
+
+  static void fetch_line_by_line(const SourceRows<S>& row, int64_t columns) {
+    constexpr int64_t kLine = int64_t(64 / sizeof(S));
+    if (row.column != 1) return;
+    for (int64_t c = 0; c < columns; c += kLine) __builtin_prefetch(row.data + c, 0, 2);
   }
 
   // c[rows][first .. first + columns) = a b
