@@ -13,14 +13,15 @@ from . import forward_mode, ops, second_order
 from ._problem import AUTOCAST_DEVICES
 
 
-def _save(ctx, operators: ops.Operators, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    """`inputs` are a forward operator's arguments."""
-    tensors = operators.family.first_number
-    ctx.save_for_backward(*inputs[:tensors], *output)
+def _save(
+    ctx, operators: ops.Operators, rest: tuple, tensors: tuple, output: tuple[Tensor, Tensor]
+) -> None:
+    """`tensors`, then `rest` are a forward operator's arguments."""
+    ctx.save_for_backward(*tensors, *output)
     if forward_mode.is_active():
-        ctx.save_for_forward(*inputs[:tensors], *output)
+        ctx.save_for_forward(*tensors, *output)
     ctx.operators = operators
-    ctx.rest = inputs[tensors:]
+    ctx.rest = rest
 
 
 def _lse(ctx, saved: tuple[Tensor, ...]) -> tuple[Tensor, bool]:
@@ -34,8 +35,8 @@ def _lse(ctx, saved: tuple[Tensor, ...]) -> tuple[Tensor, bool]:
     return again(*saved[:-2], *rest[:numbers], True, *rest[numbers + 1 :])[1], False
 
 
-def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, offset: int = 0) -> tuple[Tensor | None, ...]:
-    """One gradient or None for each argument of the forward operator, which stand `offset` places later
+def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, offset: int) -> list[Tensor | None]:
+    """One gradient or None for each tensor that the forward operator takes, which stand `offset` places later
     among what the autograd function was given."""
     family, needed = ctx.operators.family, ctx.needs_input_grad
     saved = ctx.saved_tensors
@@ -51,16 +52,16 @@ def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, offset: int = 0) ->
     grads = call.backward(dout, dlse, sources)
     if torch.is_grad_enabled():  # create_graph: these gradients may be differentiated
         grads = second_order.differentiable(grads, call, sources)
-    result: list[Tensor | None] = [None] * (offset + len(saved) - 2 + len(ctx.rest))
-    result[offset : offset + 3] = grads[:3]
+    result: list[Tensor | None] = [None] * (len(saved) - 2)
+    result[:3] = grads[:3]
     for n, place in enumerate(family.places):
         if needs[n]:
-            result[place + offset] = grads[3 + n]
-    return tuple(result)
+            result[place] = grads[3 + n]
+    return result
 
 
-def _tangents(ctx, operators: None, *given: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Those of (out, lse); `given`: of each argument of the forward operator."""
+def _tangents(ctx, given: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
+    """Those of (out, lse); `given`: of the tensors that the forward operator takes."""
     forward_mode.check_nesting()
     family = ctx.operators.family
     saved = ctx.saved_tensors
@@ -75,18 +76,22 @@ def _tangents(ctx, operators: None, *given: Tensor | None) -> tuple[Tensor, Tens
 
 
 class _EagerAttention(torch.autograd.Function):
+    """Takes what is no tensor in one piece, for each argument costs a small call time."""
+
     @staticmethod
-    def forward(ctx, operators, *inputs):
+    def forward(ctx, operators, rest, *tensors):
         ctx.set_materialize_grads(False)
-        output = operators.forward(*inputs)
-        _save(ctx, operators, inputs, output)
+        output = operators.run(tensors, rest)
+        _save(ctx, operators, rest, tensors, output)
         return output
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        return _backward(ctx, dout, dlse, offset=1)
+        return None, None, *_backward(ctx, dout, dlse, offset=2)
 
-    jvp = staticmethod(_tangents)
+    @staticmethod
+    def jvp(ctx, operators, rest, *given):
+        return _tangents(ctx, given)
 
 
 class _FunctorchAttention(torch.autograd.Function):
@@ -101,10 +106,17 @@ class _FunctorchAttention(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.set_materialize_grads(False)
-        _save(ctx, inputs[0], inputs[1:], output)
+        operators, *inputs = inputs
+        tensors = operators.family.first_number
+        _save(ctx, operators, tuple(inputs[tensors:]), tuple(inputs[:tensors]), output)
 
-    backward = _EagerAttention.backward
-    jvp = _EagerAttention.jvp
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        return None, *_backward(ctx, dout, dlse, offset=1), *[None] * len(ctx.rest)
+
+    @staticmethod
+    def jvp(ctx, operators, *given):
+        return _tangents(ctx, given)
 
 
 _library = torch.library.Library("flash_attn_ext", "FRAGMENT")  # registrations live as long as it does
@@ -115,7 +127,7 @@ class _KernelAttention(torch.autograd.function._SingleLevelFunction):
 
     forward = staticmethod(_EagerAttention.forward)
     backward = staticmethod(_EagerAttention.backward)
-    jvp = staticmethod(_tangents)
+    jvp = staticmethod(_EagerAttention.jvp)
 
 
 # Past the part of `Function.apply` that serves functorch, to whom `attention` never passes this.
@@ -129,12 +141,14 @@ def attention(operators: ops.Operators, *arguments) -> tuple[Tensor, Tensor]:
     """
     if torch._C._are_functorch_transforms_active():
         return _FunctorchAttention.apply(operators, *arguments)
-    return _apply_eager(operators, *arguments)
+    tensors = operators.family.first_number
+    return _apply_eager(operators, arguments[tensors:], *arguments[:tensors])
 
 
 def _register_autograd(operators: ops.Operators) -> None:
     """What torch.library.register_autograd does, and derivatives in forward mode and under torch.func."""
     below = torch._C._after_autograd_keyset
+    tensors = operators.family.first_number
     defaults = tuple(argument.default_value for argument in operators.attention._schema.arguments)
 
     def kernel(keyset, *arguments):
@@ -142,7 +156,7 @@ def _register_autograd(operators: ops.Operators) -> None:
         backward = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
         if backward or forward_mode.is_active():
             with enable_single_level_autograd_function():
-                return _KernelAttention.apply(operators, *arguments)
+                return _KernelAttention.apply(operators, arguments[tensors:], *arguments[:tensors])
         return operators.attention.redispatch(keyset & below, *arguments)
 
     _library.impl(operators.attention, kernel, "Autograd", with_keyset=True)

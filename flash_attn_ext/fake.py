@@ -28,9 +28,9 @@ def register(operators: ops.Operators) -> None:
     family = operators.family
 
     def forward(q, k, v, *arguments):
-        options, (return_lse, *_) = family.read(arguments)
+        options, rest = family.read(arguments)  # without what is default at their end
         _check(q, k, v, options)
-        return q.new_empty(*q.shape[:-1], v.shape[-1]), _lse(q, options, return_lse)
+        return q.new_empty(*q.shape[:-1], v.shape[-1]), _lse(q, options, bool(rest) and rest[0])
 
     def forward_out(q, k, v, out, *arguments):
         options, (return_lse, *_) = family.read(arguments)

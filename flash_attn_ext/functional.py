@@ -15,6 +15,7 @@ from .config import AttentionConfig
 from .masks import Mask
 
 _NO_CONFIG = AttentionConfig()
+_call_kernel = ops.KERNELS.call
 
 
 def flash_attention(
@@ -134,7 +135,12 @@ def flash_attention(
             and out is None
             and not (needs_grad or return_lse or compiling or forward_mode.is_active())
         ):
-            return ops.KERNELS.forward(*call, False, *own)[0]  # a small call is over by now
+            # A small call is over by now. What is default is left out, as in Operators.run.
+            if own or not (mask is bias is kv_lengths is window is scale is None and softcap == 0.0):
+                return _call_kernel(*call, False, *own)[0]
+            if call[6] == call[7] == 0:
+                return _call_kernel(q, k, v)[0]
+            return _call_kernel(q, k, v, None, None, None, call[6], call[7])[0]
         return run(name, ops.BY_BACKEND[name], call, return_lse, needs_grad, own, out)
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         check_types(q, k, v, (mask, bias, kv_lengths, out), layout, causal, scale, softcap, config)

@@ -17,6 +17,10 @@ namespace fae::torch_ops {
 inline const std::string kOptions =
     "Tensor? mask, Tensor? bias, Tensor? kv_lengths, "
     "int layout, int causal, int window_left, int window_right, float? scale, float softcap";
+// The same for the operator of eager calls, which leave out at the end what is default.
+inline const std::string kEagerOptions =
+    "Tensor? mask=None, Tensor? bias=None, Tensor? kv_lengths=None, int layout=0, int causal=0, "
+    "int window_left=-1, int window_right=-1, float? scale=None, float softcap=0.0";
 
 // rng_state: seed and offset of dropout. row_labels, key_bounds: see Intervals in core/mask.h. With
 // cu_seqlens_q and cu_seqlens_k, q, k and v are packed sequences; max_seqlen: bounds of their lengths, -1
@@ -35,8 +39,8 @@ inline const std::string kAdvice =
     "bool batch_invariant=False";
 
 // lse and gradients that are not asked for: an empty (0,) tensor.
-inline std::string forward_schema(const std::string& options) {
-  return "(Tensor q, Tensor k, Tensor v, " + options + ", bool return_lse" + kAdvice +
+inline std::string forward_schema(const std::string& options, const std::string& return_lse = "return_lse") {
+  return "(Tensor q, Tensor k, Tensor v, " + options + ", bool " + return_lse + kAdvice +
          ") -> (Tensor out, Tensor lse)";
 }
 inline std::string forward_out_schema(const std::string& options) {
@@ -61,18 +65,19 @@ inline const std::string kKvCacheSchema =
 // `name` is differentiable (the package registers its gradient); name_forward is the same
 // kernel without that layer, whose price a small call would feel.
 template <class Library>
-void define_family(Library& m, const std::string& name, const std::string& options, const std::string& needs,
-                   const std::string& grads) {
+void define_family(Library& m, const std::string& name, const std::string& options,
+                   const std::string& eager_schema, const std::string& needs, const std::string& grads) {
   m.def((name + forward_schema(options)).c_str());
-  m.def((name + "_forward" + forward_schema(options)).c_str());
+  m.def((name + "_forward" + eager_schema).c_str());
   m.def((name + "_forward_out" + forward_out_schema(options)).c_str());
   m.def((name + "_backward" + backward_schema(options, needs, grads)).c_str());
 }
 
 template <class Library>
 void define(Library& m, const std::string& name) {
-  define_family(m, name, kOptions, "bool need_bias_grad", "Tensor dbias");
-  define_family(m, name + "_extended", kExtendedOptions,
+  define_family(m, name, kOptions, forward_schema(kEagerOptions, "return_lse=False"), "bool need_bias_grad",
+                "Tensor dbias");
+  define_family(m, name + "_extended", kExtendedOptions, forward_schema(kExtendedOptions),
                 "bool need_bias_grad, bool need_slope_grad, bool need_sink_grad",
                 "Tensor dbias, Tensor dalibi_slopes, Tensor dsinks");
   m.def((name + "_kvcache" + kKvCacheSchema).c_str());
