@@ -13,9 +13,7 @@ from . import forward_mode, ops, second_order
 from ._problem import AUTOCAST_DEVICES
 
 
-def _save(
-    ctx, operators: ops.Operators, rest: tuple, tensors: tuple, output: tuple[Tensor, Tensor]
-) -> None:
+def _save(ctx, operators: ops.Operators, rest: tuple, tensors: tuple, output: tuple[Tensor, Tensor]) -> None:
     """`tensors`, then `rest` are a forward operator's arguments."""
     ctx.save_for_backward(*tensors, *output)
     if forward_mode.is_active():

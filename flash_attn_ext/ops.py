@@ -126,7 +126,7 @@ class Operators:
     backward: torch._ops.OpOverload
     forward_out: torch._ops.OpOverload | None
 
-    def run(self, tensors: tuple, rest: tuple) -> tuple[Tensor, Tensor]:
+    def run(self, tensors: tuple, rest: tuple) -> tuple[torch.Tensor, torch.Tensor]:
         """`forward` in eager mode. `tensors`: q, k, v and those of the options; `rest`: all that follows."""
         # What is default is left out: every argument costs a call a fifth of a microsecond.
         if self.has_defaults and len(rest) == 7 and rest[2:6] == _NO_NUMBERS:
@@ -141,7 +141,7 @@ class Operators:
         return self.forward._schema.arguments[3].has_default_value()
 
     @functools.cached_property
-    def call(self) -> Callable[..., tuple[Tensor, Tensor]]:
+    def call(self) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
         """`forward` without the frame of Python around it."""
         return getattr(self.forward, "_op", self.forward)
 

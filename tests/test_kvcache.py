@@ -155,6 +155,40 @@ def test_a_long_cache_is_split(target):
         fae.set_backend("auto")
 
 
+@pytest.mark.parametrize("target", EXTENDED_TARGETS, ids=lambda t: t.name, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [1, 7, 16, 20, 33, 48, 64, 200])
+def test_pages_of_every_size_are_read_as_one_cache(target, dtype, size):
+    """Whether they are gathered or read one by one: the same, to the bit where blocks are the same, and
+    nothing of other pages, which hold NaN."""
+    fae.set_backend(target.backend)
+    try:
+        torch.manual_seed(size)
+        for group, dim, window, sinks in ((1, 64, None, None), (8, 80, (150, 0), None), (3, 33, None, True)):
+            lengths = torch.tensor([301, 64, 5])
+            q = torch.randn(3, 1, 2 * group, dim).to(dtype)
+            need = -(-301 // size)
+            table = torch.randperm(3 * need + 4)[: 3 * need].view(3, need).int()
+            whole = [torch.randn(3, need * size, 2, dim).to(dtype) for _ in range(2)]
+            pages = [torch.full((3 * need + 4, size, 2, dim), torch.nan, dtype=dtype) for _ in range(2)]
+            for paged, cache in zip(pages, whole, strict=True):
+                paged[table.flatten().long()] = cache.reshape(3 * need, size, 2, dim)
+                for b, length in enumerate(lengths.tolist()):
+                    cache[b, length:] = torch.nan
+            options = {"cache_lengths": lengths, "window": window}
+            if sinks:
+                options["sinks"] = torch.randn(2 * group)
+            out = fae.flash_attention_with_kvcache(q, *pages, block_table=table, **options)
+            want = fae.flash_attention_with_kvcache(q, *whole, **options)
+            if size < 64 and target.backend == "cpu":
+                assert torch.equal(out, want)
+            else:
+                tolerance = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+                assert (out.double() - want.double()).abs().max() < tolerance
+    finally:
+        fae.set_backend("auto")
+
+
 def test_batch_invariant():
     """Bitwise the same alone and in a batch, and whatever num_splits says."""
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ namespace {
 // and the rows that go over them; together about the second-level cache of current servers
 // (1 to 2 MiB). Measured flat around these values, and falling below half of them.
 constexpr int64_t kKeyBytes = 512 << 10;
+constexpr int64_t kBackwardKeyBytes = 704 << 10;  // with their gradients, but next to shorter rows
 constexpr int64_t kRowBytes = 800 << 10;
 // Advice may go past that, for trying out, without taking a machine's memory.
 constexpr int64_t kMostAdvisedBytes = 4 << 20;
@@ -172,9 +173,9 @@ Plan plan_backward(const Problem& p, Isa isa, int threads, const Advice& advice)
       (2 * p.dim + p.dim_v) * info.element_bytes + (p.dim + p.dim_v) * info.accumulator_bytes;
   // Whole register tiles both as rows (dK, dV) and as columns (scores).
   const int64_t step = 3 * 64;
-  plan.block_kv = advice.block_kv > 0
-                      ? advised(advice.block_kv, key_bytes, info.register_cols)
-                      : fitting(kKeyBytes, key_bytes, key_bytes > 4096 ? info.register_cols : step, 2 * step);
+  plan.block_kv = advice.block_kv > 0 ? advised(advice.block_kv, key_bytes, info.register_cols)
+                                      : fitting(kBackwardKeyBytes, key_bytes,
+                                                key_bytes > 4096 ? info.register_cols : step, 2 * step);
   plan.block_kv = std::min(plan.block_kv, round_up(std::max<int64_t>(p.seq_kv, 1), info.register_cols));
   // Each row comes packed twice, and with its probabilities and gradients against the block.
   const int64_t row_bytes =

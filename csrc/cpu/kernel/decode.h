@@ -25,9 +25,12 @@ class Decode : private ForwardRows<P, S> {
  public:
   Decode(const ForwardCall& call, const Plan& plan, std::byte* base)
       : Base(call, plan, base, round_up(call.problem.dim, Products::kChunk), plan.heads_together) {
-    scores_ = arena_.template take<Real>(kDirectRows * plan.block_kv);
+    scores_ = arena_.template take<Real>(kDirectRows * score_ld());
   }
   size_t bytes() const { return arena_.used(); }
+
+  // Pages are read one by one, and scores of a page are written as whole vectors.
+  int64_t score_ld() const { return plan_.block_kv + V::kWidth; }
 
   // parts: with several ranges of keys, where each leaves its share; see KeySplit.
   void run(int64_t task, std::byte* parts) {
@@ -82,9 +85,30 @@ class Decode : private ForwardRows<P, S> {
     return watch.all_finite();
   }
 
-  // Blocks end with large pages, so that their keys are read where they lie; small ones are gathered.
+  // Whether a block's keys are read where they lie, page by page. Those of tiny pages are gathered.
+  bool by_page() const { return p_.cache.pages.present() && p_.cache.pages.page_size >= V::kWidth; }
+
+  static constexpr int64_t kLargePage = 64;
+
+  // fn(done, rows, count) for the pages that n > 0 keys or values from `key` on lie in, in their order;
+  // `done` of them lie before. What is fetched early is of the next page where that is not far.
+  template <class Fn>
+  FAE_INLINE void for_each_page(const View4& x, int64_t key, int64_t n, Fn&& fn) const {
+    const int64_t page = p_.cache.pages.page_size;
+    SourceRows<S> rows = this->key_row(x, key);
+    for (int64_t done = 0; done < n;) {
+      const int64_t left = page - (sequence_.first_key + key + done) % page;
+      const int64_t count = left < n - done ? left : n - done, next = key + done + left;
+      const SourceRows<S> after = next < sequence_.kv_length ? this->key_row(x, next) : rows;
+      if (page < kLargePage) fn(done, typename Products::Rows(rows, after.data - rows.data), count);
+      else fn(done, typename Products::Rows(rows), count);
+      rows = after;
+      done += count;
+    }
+  }
+
+  // Blocks end with large pages, whose keys are many enough to be fetched early within them.
   int64_t block_end(int64_t k, int64_t last) const {
-    constexpr int64_t kLargePage = 64;
     int64_t end = k + plan_.block_kv;
     if (const int64_t page = p_.cache.pages.page_size; page >= kLargePage) {
       const int64_t left = page - (sequence_.first_key + k) % page;
@@ -101,9 +125,15 @@ class Decode : private ForwardRows<P, S> {
     if (p_.has_mask()) mask = classify_masks(p_, b_, refs, rows, k_begin, k_end);
     if (mask.skip()) return;
     if (keep_) mask.begin = mask.begin / 4 * 4;
-    const int64_t keys = mask.end - mask.begin, columns = round_up(keys, V::kWidth), ld = plan_.block_kv;
-    Products::score(q_, dim_padded_, rows, this->keys_of(p_.k, mask.begin, keys, p_.dim), keys, p_.dim,
-                    scores_, ld);
+    const int64_t keys = mask.end - mask.begin, columns = round_up(keys, V::kWidth), ld = score_ld();
+    if (by_page()) {
+      for_each_page(p_.k, mask.begin, keys, [&](int64_t done, const auto& page, int64_t count) {
+        Products::score(q_, dim_padded_, rows, page, count, p_.dim, scores_ + done, ld);
+      });
+    } else {
+      Products::score(q_, dim_padded_, rows, this->keys_of(p_.k, mask.begin, keys, p_.dim), keys, p_.dim,
+                      scores_, ld);
+    }
 
     const ScoreTile<V> tile{scores_, ld, mask.begin, keys, columns, b_, refs, rows};
     const bool partial = classify(sequence_.band, sequence_.kv_length, refs[0].query,
@@ -115,20 +145,27 @@ class Decode : private ForwardRows<P, S> {
       alpha[i] = softmax_row<FmaProduct<V>>(s, columns, scale_.exponent_scale, max_ + i, sum_ + i, s);
       if (keep_) this->drop(refs[i], mask.begin, keys, s);
     }
-    const SourceRows<S> values = this->keys_of(p_.v, mask.begin, keys, p_.dim_v);
-    if (skips_hidden_) return accumulate_visible(refs, rows, alpha, values, tile);
-    Products::accumulate(scores_, ld, rows, alpha, values, keys, p_.dim_v, acc_, dim_v_padded_);
+    if (skips_hidden_) return accumulate_visible(refs, rows, alpha, tile);
+    if (by_page()) {
+      for_each_page(p_.v, mask.begin, keys, [&](int64_t done, const auto& page, int64_t count) {
+        Products::accumulate(scores_ + done, ld, rows, alpha, page, count, p_.dim_v, acc_, dim_v_padded_);
+        for (int i = 0; i < rows; ++i) alpha[i] = 1;
+      });
+    } else {
+      Products::accumulate(scores_, ld, rows, alpha, this->keys_of(p_.v, mask.begin, keys, p_.dim_v), keys,
+                           p_.dim_v, acc_, dim_v_padded_);
+    }
   }
 
   // The same sums, but of keys that a row sees: 0 * NaN of a hidden one would be NaN.
-  void accumulate_visible(const RowRef* refs, int rows, const Real* alpha, const SourceRows<S>& values,
-                          const ScoreTile<V>& tile) {
+  void accumulate_visible(const RowRef* refs, int rows, const Real* alpha, const ScoreTile<V>& tile) {
     for (int r = 0; r < rows; ++r) {
       Real* const acc = acc_ + r * dim_v_padded_;
       for (int64_t c = 0; c < p_.dim_v; ++c) acc[c] *= alpha[r];
       for (int64_t j = 0; j < tile.keys; ++j) {
         if (!is_visible(p_, sequence_, b_, refs[r].head, refs[r].query, tile.k_begin + j)) continue;
-        add_special_row(tile.s[r * tile.ld + j], values.data + j * values.row, values.column, p_.dim_v, acc);
+        const SourceRows<S> value = this->key_row(p_.v, tile.k_begin + j);
+        add_special_row(tile.s[r * tile.ld + j], value.data, value.column, p_.dim_v, acc);
       }
     }
   }
@@ -144,7 +181,7 @@ class Decode : private ForwardRows<P, S> {
     }
   }
 
-  Real* scores_;               // [kDirectRows][block_kv]
+  Real* scores_;               // [kDirectRows][score_ld()]
   bool skips_hidden_ = false;  // values of hidden keys are not even multiplied by 0
 };
 

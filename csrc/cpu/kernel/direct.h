@@ -22,9 +22,24 @@ class Direct {
  public:
   static constexpr int64_t kChunk = int64_t(W) * P::kPair;  // elements of a key per register
 
+  // Keys or values, whose elements lie side by side, and how far from each of them lies what is fetched
+  // early.
+  struct Rows {
+    const S* data;
+    int64_t row, ahead;
+    FAE_INLINE Rows(const SourceRows<S>& rows) : Rows(rows, kAhead * rows.row) {}
+    FAE_INLINE Rows(const SourceRows<S>& rows, int64_t ahead_)
+        : data(rows.data), row(rows.row), ahead(ahead_) {}
+    FAE_INLINE Rows from_row(int64_t r) const {
+      Rows rows = *this;
+      rows.data += r * row;
+      return rows;
+    }
+  };
+
   // s[r][j] = q[r] . keys[j] for `rows` rows and n keys; q: [rows][dim], 0 up to whole chunks. Writes whole
   // vectors.
-  static void score(const Operand* q, int64_t q_ld, int rows, SourceRows<S> keys, int64_t n, int64_t dim,
+  static void score(const Operand* q, int64_t q_ld, int rows, const Rows& keys, int64_t n, int64_t dim,
                     Real* s, int64_t ld) {
     for (int64_t j = 0; j < n; j += W) {
       const int count = int(n - j < W ? n - j : W);
@@ -36,7 +51,7 @@ class Direct {
   }
 
   // acc[r] = alpha[r] acc[r] + sum_j p[r][j] values[j]; acc: [rows][acc_ld], whole vectors.
-  static void accumulate(const Real* p, int64_t p_ld, int rows, const Real* alpha, SourceRows<S> values,
+  static void accumulate(const Real* p, int64_t p_ld, int rows, const Real* alpha, const Rows& values,
                          int64_t n, int64_t dim_v, Real* acc, int64_t acc_ld) {
     for (int r = 0; r < rows; r += kGroup) {
       const int group = rows - r < kGroup ? rows - r : kGroup;
@@ -50,8 +65,8 @@ class Direct {
   static constexpr int kGroup = kSums >= 24 ? 8 : 4;
   static constexpr int at_a_time(int rows) { return kSums / rows < 4 ? kSums / rows : 4; }
 
-  using ScoreFn = void (*)(const Operand*, int64_t, SourceRows<S>, int, int64_t, Real*, int64_t);
-  using AddFn = void (*)(const Real*, int64_t, const Real*, SourceRows<S>, int64_t, int64_t, Real*, int64_t);
+  using ScoreFn = void (*)(const Operand*, int64_t, const Rows&, int, int64_t, Real*, int64_t);
+  using AddFn = void (*)(const Real*, int64_t, const Real*, const Rows&, int64_t, int64_t, Real*, int64_t);
   template <int kRows>
   static FAE_INLINE ScoreFn score_fn(int rows) {
     if constexpr (kRows > 1) {
@@ -69,8 +84,8 @@ class Direct {
 
   // Up to one vector of keys: sums by lanes first, kKeys at a time, then across lanes for all together.
   template <int kRows, int kKeys>
-  static void score_vector(const Operand* q, int64_t q_ld, SourceRows<S> keys, int count, int64_t dim,
-                           Real* s, int64_t ld) {
+  static void score_vector(const Operand* q, int64_t q_ld, const Rows& keys, int count, int64_t dim, Real* s,
+                           int64_t ld) {
     Reg part[kRows][W];
     int first = 0;
     for (; first + kKeys <= W && first < count; first += kKeys)
@@ -90,7 +105,7 @@ class Direct {
 
   // part[r][k] = products of row r with key k, to be summed over their lanes, for kKeys keys from `first`.
   template <int kRows, int kKeys>
-  static FAE_INLINE void sum_lanes(const Operand* q, int64_t q_ld, SourceRows<S> keys, int first, int count,
+  static FAE_INLINE void sum_lanes(const Operand* q, int64_t q_ld, const Rows& keys, int first, int count,
                                    int64_t dim, Reg (*part)[W]) {
     static_assert(kLine % kChunk == 0);
     const S* key[kKeys];
@@ -102,7 +117,7 @@ class Direct {
       for (int r = 0; r < kRows; ++r) acc[r][k] = V::zero();
     }
     // Past the last key nothing is read; an address that does not exist is no harm.
-    const int64_t ahead = kAhead * keys.row;
+    const int64_t ahead = keys.ahead;
     int64_t c = 0;
     for (; c + kLine <= dim; c += kLine) {
 #pragma GCC unroll 8
@@ -144,7 +159,7 @@ class Direct {
 
   // Columns are taken in passes of about the same width: one of a single vector would wait for its sums.
   template <int kRows, int kVecs>
-  static void add_columns(const Real* p, int64_t p_ld, const Real* alpha, SourceRows<S> values, int64_t n,
+  static void add_columns(const Real* p, int64_t p_ld, const Real* alpha, const Rows& values, int64_t n,
                           int64_t dim_v, Real* acc, int64_t acc_ld) {
     int64_t c = 0;
     for (int64_t vecs = dim_v / W; vecs > 0;) {
@@ -158,7 +173,7 @@ class Direct {
 
   template <int kRows, int kVecs>
   static FAE_INLINE void add_pass(int vecs, const Real* p, int64_t p_ld, const Real* alpha,
-                                  SourceRows<S> values, int64_t n, int64_t c, Real* acc, int64_t acc_ld) {
+                                  const Rows& values, int64_t n, int64_t c, Real* acc, int64_t acc_ld) {
     if constexpr (kVecs > 1) {
       if (vecs < kVecs) return add_pass<kRows, kVecs - 1>(vecs, p, p_ld, alpha, values, n, c, acc, acc_ld);
     }
@@ -167,7 +182,7 @@ class Direct {
 
   // Columns [c, c + kVecs W) of the sums; or, when not whole, the `lanes` of one vector.
   template <int kRows, int kVecs, bool kWhole>
-  static FAE_INLINE void add_block(const Real* p, int64_t p_ld, const Real* alpha, SourceRows<S> values,
+  static FAE_INLINE void add_block(const Real* p, int64_t p_ld, const Real* alpha, const Rows& values,
                                    int64_t n, int64_t c, int lanes, Real* acc, int64_t acc_ld) {
     Reg sum[kRows][kVecs];
 #pragma GCC unroll 8
@@ -185,7 +200,7 @@ class Direct {
 #pragma GCC unroll 8
       for (int j = 0; j < kLines; ++j) {
         const int64_t at = line + j * kLine;
-        __builtin_prefetch(value + kAhead * values.row + (at < last ? at : last));
+        __builtin_prefetch(value + values.ahead + (at < last ? at : last));
       }
 #pragma GCC unroll 8
       for (int j = 0; j < kVecs; ++j) column[j] = kWhole ? V::load(value + j * W) : V::load_n(value, lanes);

@@ -78,6 +78,14 @@ class ForwardRows {
     return {static_cast<const S*>(x.data) + p_.key_offset(x, sequence_, head_kv_, key), x.stride[2],
             x.stride[3]};
   }
+  static void copy_row(const SourceRows<S>& from, int64_t columns, S* to) {
+    constexpr int64_t kLine = int64_t(64 / sizeof(S));
+    int64_t c = 0;
+    if (from.column == 1) {
+      for (; c + kLine <= columns; c += kLine) __builtin_memcpy(to + c, from.data + c, 64);
+    }
+    for (; c < columns; ++c) to[c] = from.data[c * from.column];
+  }
   // n > 0 keys or values from `key` on, where they lie; those of several pages in one place, until the next
   // call.
   SourceRows<S> keys_of(const View4& x, int64_t key, int64_t n, int64_t columns) const {
@@ -86,9 +94,12 @@ class ForwardRows {
     for (int64_t done = 0; done < n;) {
       const int64_t left = page - (row + done) % page, count = left < n - done ? left : n - done;
       SourceRows<S> from = key_row(x, key + done);
+      if (done + kRowsAhead < n) {
+        const SourceRows<S> ahead = key_row(x, key + done + kRowsAhead);
+        for (int64_t i = 0; i < count; ++i) fetch_row(ahead, i, columns);
+      }
       for (int64_t i = 0; i < count; ++i, from = from.from_row(1)) {
-        S* const to = gathered_ + (done + i) * columns;
-        for (int64_t c = 0; c < columns; ++c) to[c] = from.data[c * from.column];
+        copy_row(from, columns, gathered_ + (done + i) * columns);
       }
       done += count;
     }

@@ -17,6 +17,9 @@ inline RowRef row_ref(int64_t row, int64_t head_kv, int64_t group) {
   return {head_kv * group + (row - query * group), query};
 }
 
+template <class A, class B> constexpr bool kSameType = false;
+template <class A> constexpr bool kSameType<A, A> = true;
+
 // The C++ type of lse_dtype().
 template <class S> struct LseType { using Type = float; };
 template <> struct LseType<float> { using Type = double; };

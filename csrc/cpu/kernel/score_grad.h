@@ -90,6 +90,13 @@ class ScoreGrad {
     bool narrowed = false;
   };
 
+  // Rows as operands of a product.
+  struct RowOperands {
+    const Operand* data = nullptr;
+    int64_t ld = 0;
+    FAE_INLINE RowOperands from(int64_t row) const { return {data + row * ld, ld}; }
+  };
+
   ScoreGrad(const BackwardCall& call, const Plan& plan, std::byte* base)
       : call_(call), p_(call.problem), plan_(plan), scale_(call.problem.score), arena_(base) {
     dim_operand_ = round_up(p_.dim, plan.direct ? Direct<P, S>::kChunk : P::kPair);
@@ -156,12 +163,10 @@ class ScoreGrad {
   void load_rows(int64_t begin, int64_t end, const Real* delta) {
     row_begin_ = begin;
     if (!delta) compute_delta(begin, end, delta_);
+    queries_ = operands(p_.q, begin, end, p_.dim, dim_operand_, q_);
+    douts_ = operands(call_.dout, begin, end, p_.dim_v, dim_v_operand_, dout_);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t r = row - begin;
-      pack_operand<P>(query_of(p_.q, row), 1, p_.dim, q_ + r * dim_operand_);
-      for (int64_t c = round_up(p_.dim, P::kPair); c < dim_operand_; ++c)
-        q_[r * dim_operand_ + c] = Operand{};
-      pack_operand<P>(query_of(call_.dout, row), 1, p_.dim_v, dout_ + r * dim_v_operand_);
       const Lse lse = value_of<Lse>(call_.lse, row);
       // A row without keys: exp(-inf - inf) is 0, exp(-inf + inf) would not be.
       lse_[r] = lse == Lse(-__builtin_inf()) ? Real(__builtin_inf()) : Real(lse);
@@ -215,12 +220,11 @@ class ScoreGrad {
     const int64_t columns = round_up(keys, V::kWidth);
     *range = {first, keys, columns, mask.narrowed};
     // By the very product of the forward pass: P adds up to 1 although both are rounded.
-    const Operand* const q = q_ + row * dim_operand_;
     if (plan_.direct) {
-      Direct<P, S>::score(q, dim_operand_, rows, keys_of(p_.k, k_begin_ + first), keys, p_.dim, s + first,
-                          ld);
+      Direct<P, S>::score(queries_.from(row).data, queries_.ld, rows, keys_of(p_.k, k_begin_ + first), keys,
+                          p_.dim, s + first, ld);
     } else {
-      multiply_columns(q, dim_operand_, k_columns_, rows, *range, s, ld);
+      multiply_columns(queries_.from(row), dim_operand_, k_columns_, rows, *range, s, ld);
     }
     const bool partial = classify(sequence_.band, sequence_.kv_length, q_begin, q_end, k_begin_ + first,
                                   mask.end) != TileClass::kFull;
@@ -235,7 +239,7 @@ class ScoreGrad {
                     TileRange* range, Real* alibi = nullptr) {
     Real* slope = before_softcap ? slope_ : nullptr;
     if (!compute_scores(row, rows, s, ld, slope, range)) return false;
-    multiply_columns(dout_ + row * dim_v_operand_, dim_v_operand_, v_columns_, rows, *range, ds, ld);
+    multiply_columns(douts_.from(row), dim_v_operand_, v_columns_, rows, *range, ds, ld);
     const KeyDistance<V> distance(sequence_, k_begin_ + range->first);
     for (int i = 0; i < rows; ++i) {
       const int64_t r = row + i;
@@ -271,7 +275,8 @@ class ScoreGrad {
   int64_t row_begin_ = 0;            // first loaded packed row
   Operand* k_columns_;               // panels of block_kv columns, depth dim
   Operand* v_columns_;               // panels of block_kv columns, depth dim_v
-  Operand* q_;                       // [block_q][dim]
+  RowOperands queries_, douts_;      // loaded rows
+  Operand* q_;                       // [block_q][dim], room for them
   Operand* dout_;                    // [block_q][dim_v]
   Real* lse_;                        // [block_q], and what its rounding left over
   Real* lse_low_;                    // [block_q]
@@ -289,6 +294,23 @@ class ScoreGrad {
     return {static_cast<const S*>(x.data) + x.offset(b_, head, row), x.stride[2], x.stride[3]};
   }
 
+  // Packed rows [begin, end) of x, `padded` operands each: as they lie in memory where they are just that
+  // and a constant stride apart, else packed into `room`.
+  RowOperands operands(const View4& x, int64_t begin, int64_t end, int64_t columns, int64_t padded,
+                       Operand* room) const {
+    if constexpr (kSameType<S, Operand>) {
+      const bool even = group_ == 1 || x.stride[2] == group_ * x.stride[1];
+      if (even && x.stride[3] == 1 && columns == padded) {
+        return {query_of(x, begin).data, group_ == 1 ? x.stride[2] : x.stride[1]};
+      }
+    }
+    for (int64_t row = begin; row < end; ++row, room += padded) {
+      pack_operand<P>(query_of(x, row), 1, columns, room);
+      for (int64_t c = round_up(columns, P::kPair); c < padded; ++c) room[c] = Operand{};
+    }
+    return {room - (end - begin) * padded, padded};
+  }
+
   static void fetch_line_by_line(const SourceRows<S>& row, int64_t columns) {
     constexpr int64_t kLine = int64_t(64 / sizeof(S));
     if (row.column != 1) return;
@@ -296,14 +318,14 @@ class ScoreGrad {
   }
 
   // c[rows][first .. first + columns) = a b
-  void multiply_columns(const Operand* a, int64_t depth, const Operand* b, int rows, const TileRange& range,
-                        Real* c, int64_t ld) {
+  void multiply_columns(const RowOperands& a, int64_t depth, const Operand* b, int rows,
+                        const TileRange& range, Real* c, int64_t ld) {
     const int64_t steps = depth / P::kPair;
     for (int64_t j = 0; j < range.columns; j += kPanel<P>) {
       const int64_t left = range.columns - j;
       multiply_tile<P, Update::kStore>(
           rows, int((left < kPanel<P> ? left : kPanel<P>) / V::kWidth),
-          {steps, a, depth, P::kPair, b + (range.first + j) / kPanel<P> * steps * kStep, kStep,
+          {steps, a.data, a.ld, P::kPair, b + (range.first + j) / kPanel<P> * steps * kStep, kStep,
            c + range.first + j, ld, nullptr});
     }
   }
