@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .shapes import FLOOR_RATIO, geometric_mean
+from .shapes import BF16_ISAS, FLOOR_RATIO, geometric_mean
 
 README_BEGIN = "<!-- benchmarks: begin (written by `python -m benchmarks --readme`) -->"
 README_END = "<!-- benchmarks: end -->"
@@ -161,10 +161,11 @@ def headline(results: dict) -> str:
     """The machine and the limits, in two sentences."""
     env, limits = results["environment"], results["limits"]
     family = f" ({env['cpu_family']})" if env["cpu_family"] else ""
+    others = "fp16's" if env["isa"] in BF16_ISAS else "the 16-bit types'"
     return (
         f"Measured on {env['cpu']}{family}, {env['threads']} threads, kernels for {env['isa']}, "
         f"torch {env['torch']}, {env['date']}. Limits in the same run: "
-        f"{limits['gemm_gflops']['float32']:.0f} GFLOP/s fp32 GEMM (fp16's limit too), "
+        f"{limits['gemm_gflops']['float32']:.0f} GFLOP/s fp32 GEMM ({others} limit too), "
         f"{limits['gemm_gflops']['bfloat16']:.0f} GFLOP/s bf16 GEMM, {limits['read_gbytes']:.0f} GB/s read."
     )
 

@@ -16,8 +16,8 @@ BACKWARD_FLOPS_FACTOR = 2.5
 
 SHORT_DTYPE = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# fp16 has no dot instruction on the CPUs at hand: its kernels compute in fp32.
-LIMIT_DTYPE = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}
+# Kernels with a dot instruction for a 16-bit type; all others compute in fp32.
+BF16_ISAS = ("avx512bf16",)
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,12 @@ class Case:
         """Of keys and values, which decoding reads once."""
         return float(self.batch * self.kv_heads * self.seq * (self.dim + self.value_dim) * BYTES[self.dtype])
 
-    @property
-    def limit(self) -> str:
-        """The matrix product of a dtype, or with few queries reading memory."""
-        return "read" if self.seq_q else LIMIT_DTYPE[self.dtype]
+    def limit(self, isa: str) -> str:
+        """With few queries reading memory, else the matrix product of the dtype that kernels for `isa` compute
+        in."""
+        if self.seq_q:
+            return "read"
+        return self.dtype if self.dtype == "bfloat16" and isa in BF16_ISAS else "float32"
 
 
 def _forward() -> list[Case]:
