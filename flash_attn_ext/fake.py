@@ -40,9 +40,9 @@ def register(operators: ops.Operators) -> None:
     def backward(dout, dlse, q, k, v, out, lse, *arguments):
         options, needs = family.read(arguments)
         owners = [getattr(options, name) for name in family.differentiable]
+        needs = needs[: len(owners)] or [False] * len(owners)
         others = (
-            t.new_empty(t.shape) if need else q.new_empty(0)
-            for t, need in zip(owners, needs[: len(owners)], strict=True)
+            t.new_empty(t.shape) if need else q.new_empty(0) for t, need in zip(owners, needs, strict=True)
         )
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *others
 

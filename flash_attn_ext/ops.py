@@ -128,22 +128,44 @@ class Operators:
 
     def run(self, tensors: tuple, rest: tuple) -> tuple[torch.Tensor, torch.Tensor]:
         """`forward` in eager mode. `tensors`: q, k, v and those of the options; `rest`: all that follows."""
-        # What is default is left out: every argument costs a call a fifth of a microsecond.
-        if self.has_defaults and len(rest) == 7 and rest[2:6] == _NO_NUMBERS:
-            if tensors[3] is tensors[4] is tensors[5] is None and rest[0] == rest[1] == 0:
-                return self.call(*tensors[:3], return_lse=rest[6])
-            return self.call(*tensors, rest[0], rest[1], return_lse=rest[6])
-        return self.call(*tensors, *rest)
+        few = self._without_defaults(tensors[3:], rest)
+        if few is None:
+            return self.call(*tensors, *rest)
+        return self.call(*tensors[:3], *few, return_lse=rest[self.family.numbers])
+
+    def run_backward(
+        self, given: tuple, tensors: tuple, rest: tuple, needs: tuple[bool, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        """`backward` in eager mode. `given`: all before the options; `tensors` of these, and `rest`: as for
+        the forward operator."""
+        few = None if any(needs) else self._without_defaults(tensors, rest)
+        if few is not None:
+            return self.call_backward(*given, *few)
+        numbers = self.family.numbers
+        return self.call_backward(*given, *tensors, *rest[:numbers], *needs, *rest[numbers + 1 :])
+
+    def _without_defaults(self, tensors: tuple, rest: tuple) -> tuple | None:
+        """The options of a call that has no other than layout and causal, without what is default: every
+        argument costs a call a fifth of a microsecond. None for others."""
+        if not self.has_defaults or len(rest) != self.family.numbers + 1 or rest[2:-1] != _NO_NUMBERS:
+            return None
+        if tensors[0] is tensors[1] is tensors[2] is None and rest[0] == rest[1] == 0:
+            return ()
+        return *tensors, rest[0], rest[1]
 
     @functools.cached_property
     def has_defaults(self) -> bool:
-        """Whether `forward` may be called with q, k and v alone."""
+        """Whether the operators of eager calls may be called without options."""
         return self.forward._schema.arguments[3].has_default_value()
 
+    # The operators without the frame of Python around them.
     @functools.cached_property
     def call(self) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-        """`forward` without the frame of Python around it."""
         return getattr(self.forward, "_op", self.forward)
+
+    @functools.cached_property
+    def call_backward(self) -> Callable[..., tuple[torch.Tensor, ...]]:
+        return getattr(self.backward, "_op", self.backward)
 
 
 def named(name: str, family: Family = PLAIN_FAMILY) -> Operators | None:

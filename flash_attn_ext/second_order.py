@@ -120,10 +120,9 @@ class Call:
 
     def backward(self, dout: Tensor, dlse: Tensor | None, sources: tuple) -> tuple[Tensor, ...]:
         _, _, q, k, v, *tensors, out, lse = sources
-        family, rest = self.operators.family, self.rest
-        options = (*tensors, *rest[: family.numbers])
-        own = rest[family.numbers + 1 :]
-        return self.operators.backward(dout, dlse, q, k, v, out, lse, *options, *self.needs, *own)
+        return self.operators.run_backward(
+            (dout, dlse, q, k, v, out, lse), tuple(tensors), self.rest, self.needs
+        )
 
     def derivatives(self, sources: tuple, direction: Tangents) -> Derivatives:
         dout, dlse, q, k, v, *tensors, out, lse = sources

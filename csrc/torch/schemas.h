@@ -17,7 +17,7 @@ namespace fae::torch_ops {
 inline const std::string kOptions =
     "Tensor? mask, Tensor? bias, Tensor? kv_lengths, "
     "int layout, int causal, int window_left, int window_right, float? scale, float softcap";
-// The same for the operator of eager calls, which leave out at the end what is default.
+// The same for the operators of eager calls, which leave out at the end what is default.
 inline const std::string kEagerOptions =
     "Tensor? mask=None, Tensor? bias=None, Tensor? kv_lengths=None, int layout=0, int causal=0, "
     "int window_left=-1, int window_right=-1, float? scale=None, float softcap=0.0";
@@ -66,20 +66,21 @@ inline const std::string kKvCacheSchema =
 // kernel without that layer, whose price a small call would feel.
 template <class Library>
 void define_family(Library& m, const std::string& name, const std::string& options,
-                   const std::string& eager_schema, const std::string& needs, const std::string& grads) {
+                   const std::string& eager_forward, const std::string& backward) {
   m.def((name + forward_schema(options)).c_str());
-  m.def((name + "_forward" + eager_schema).c_str());
+  m.def((name + "_forward" + eager_forward).c_str());
   m.def((name + "_forward_out" + forward_out_schema(options)).c_str());
-  m.def((name + "_backward" + backward_schema(options, needs, grads)).c_str());
+  m.def((name + "_backward" + backward).c_str());
 }
 
 template <class Library>
 void define(Library& m, const std::string& name) {
-  define_family(m, name, kOptions, forward_schema(kEagerOptions, "return_lse=False"), "bool need_bias_grad",
-                "Tensor dbias");
+  define_family(m, name, kOptions, forward_schema(kEagerOptions, "return_lse=False"),
+                backward_schema(kEagerOptions, "bool need_bias_grad=False", "Tensor dbias"));
   define_family(m, name + "_extended", kExtendedOptions, forward_schema(kExtendedOptions),
-                "bool need_bias_grad, bool need_slope_grad, bool need_sink_grad",
-                "Tensor dbias, Tensor dalibi_slopes, Tensor dsinks");
+                backward_schema(kExtendedOptions,
+                                "bool need_bias_grad, bool need_slope_grad, bool need_sink_grad",
+                                "Tensor dbias, Tensor dalibi_slopes, Tensor dsinks"));
   m.def((name + "_kvcache" + kKvCacheSchema).c_str());
 }
 
