@@ -77,10 +77,10 @@ template <class Library>
 void define(Library& m, const std::string& name) {
   define_family(m, name, kOptions, forward_schema(kEagerOptions, "return_lse=False"),
                 backward_schema(kEagerOptions, "bool need_bias_grad=False", "Tensor dbias"));
-  define_family(m, name + "_extended", kExtendedOptions, forward_schema(kExtendedOptions),
-                backward_schema(kExtendedOptions,
-                                "bool need_bias_grad, bool need_slope_grad, bool need_sink_grad",
-                                "Tensor dbias, Tensor dalibi_slopes, Tensor dsinks"));
+  define_family(
+      m, name + "_extended", kExtendedOptions, forward_schema(kExtendedOptions),
+      backward_schema(kExtendedOptions, "bool need_bias_grad, bool need_slope_grad, bool need_sink_grad",
+                      "Tensor dbias, Tensor dalibi_slopes, Tensor dsinks"));
   m.def((name + "_kvcache" + kKvCacheSchema).c_str());
 }
 
