@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <type_traits>
 
 namespace fae::cpu {
 
@@ -37,7 +38,7 @@ void for_each_task(const Executor& executor, int64_t tasks, Fn&& fn, Sharing sha
   struct Shared {
     Queue queues[kMostQueues];
     int count;
-    Fn* fn;
+    std::remove_reference_t<Fn>* fn;
   } shared;
   shared.count = sharing == Sharing::kInOrder ? 1 : workers < kMostQueues ? workers : kMostQueues;
   for (int i = 0; i < shared.count; ++i) {
