@@ -131,7 +131,7 @@ class ForwardRows {
   }
 
   // x / divisor by its reciprocal and one correction, which rounds as a division does but for rare last
-  // bits, and takes a fifth of its time.
+  // bits: one division a row, and not one a vector.
   struct Quotient {
     typename V::Reg reciprocal, negative;
     FAE_INLINE explicit Quotient(Real divisor)
