@@ -127,6 +127,22 @@ struct PackPair {
   }
 };
 
+// Of all classes but NaN: zero, subnormals, infinities (in round 0 every exponent of fp16).
+template <class T>
+struct Widen {
+  static constexpr bool kHalf = DTypeOf<T>::value == DType::kFloat16;
+  static constexpr const char* kName = kHalf ? "widen_f16" : "widen_bf16";
+  static constexpr int kIn = 1, kOut = 1;
+  static uint32_t input(int round, int lane, int i) {
+    const uint32_t exponent = kHalf ? 0x7c00u : 0x7f80u, x = mixed(round, lane, i) & 0xffffu;
+    if (round == 0) return lane % 2 ? uint32_t(lane) << 10 : (x & 0x83ffu) | uint32_t(lane) << 10;
+    return (x & exponent) == exponent ? x & (0x8000u | exponent) : x;
+  }
+  static FAE_DEVICE void run(const uint32_t (&in)[1], uint32_t (&out)[1]) {
+    out[0] = bit_cast<uint32_t>(widen(T{uint16_t(in[0])}));
+  }
+};
+
 struct ToTf32 {
   static constexpr const char* kName = "to_tf32";
   static constexpr int kIn = 1, kOut = 1;

@@ -89,8 +89,8 @@ Results results_of() {
 
 inline Results compute() {
   return results_of<LdmatrixX4, LdmatrixX4Transposed, MmaPairs<Float16>, MmaPairs<BFloat16>, MmaTf32,
-                    MmaTf32LowBits, PackPair<Float16>, PackPair<BFloat16>, ToTf32, ShuffleXor, Shuffle, Votes,
-                    CopyAsync, Exp2Fast>();
+                    MmaTf32LowBits, PackPair<Float16>, PackPair<BFloat16>, Widen<Float16>, Widen<BFloat16>,
+                    ToTf32, ShuffleXor, Shuffle, Votes, CopyAsync, Exp2Fast>();
 }
 
 // One line per case and round: its name, then the words of lane 0, of lane 1, ...
