@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -199,7 +202,7 @@ def in_child(work, seconds: float = 60) -> int:
     raise AssertionError(f"the forked child still hangs after {seconds} s")
 
 
-def test_works_after_fork(cpu_target):
+def check_after_fork(backend: str):
     """The pool has threads in the parent; the child has none of them, and gets the same bits.
 
     The child compares with NumPy: torch's own parallel operations, torch.equal among them, wait
@@ -207,7 +210,7 @@ def test_works_after_fork(cpu_target):
     """
     inputs = build(SPLITS[2], torch.float32)
     torch.set_num_threads(2)
-    expected = run(inputs, cpu_target.backend)
+    expected = run(inputs, backend)
     array = inputs.q[0, :, 0].numpy()
     expected_array, got_array = np.empty_like(array), np.empty_like(array)
     _C.flash_attention(array, array, array, expected_array)
@@ -215,8 +218,8 @@ def test_works_after_fork(cpu_target):
     def work():
         _C.flash_attention(array, array, array, got_array)
         results = [
-            (expected, run(inputs, cpu_target.backend)),
-            (expected, run(inputs, cpu_target.backend)),
+            (expected, run(inputs, backend)),
+            (expected, run(inputs, backend)),
             ({0: expected_array}, {0: got_array}),
         ]
         return all(np.array_equal(want[n], got[n]) for want, got in results for n in want)
@@ -224,7 +227,13 @@ def test_works_after_fork(cpu_target):
     # Autograd itself refuses to run a backward pass in a fork once it has started its own threads;
     # calls on CPU tensors stay on the calling thread, so it does not here.
     assert in_child(work) == 0
-    same(expected, run(inputs, cpu_target.backend))
+    same(expected, run(inputs, backend))
+
+
+def test_works_after_fork(cpu_target):
+    """In a process of its own: tests before this one may have started autograd's threads."""
+    program = f"import test_threads; test_threads.check_after_fork({cpu_target.backend!r})"
+    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, check=True, timeout=180)
 
 
 def _square(n: int) -> float:

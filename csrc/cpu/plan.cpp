@@ -31,10 +31,10 @@ int64_t advised(int64_t advice, int64_t each, int64_t step) {
   return round_up(std::min(advice, fitting(kMostAdvisedBytes, each, step, kMostAdvised)), step);
 }
 
-// Few rows are multiplied with keys as they lie in memory (kernel/direct.h), in blocks that stay in the first
-// level of the cache, and by ranges of keys where there are few heads: their number comes from the
-// problem alone, as a row's rounding depends on it.
-constexpr int64_t kDirectBytes = 16 << 10;
+// Few rows are multiplied with keys as they lie in memory (kernel/direct.h), in blocks that are long enough
+// for keys and values to be fetched early, and by ranges of keys where there are few heads: their number
+// comes from the problem alone, as a row's rounding depends on it.
+constexpr int64_t kDirectBytes = 32 << 10;
 constexpr int64_t kFewestSplitKeys = 1024;
 constexpr int64_t kEnoughSplits = 16;
 constexpr int64_t kMostHeadsTogether = 32;
@@ -46,16 +46,19 @@ bool wants_direct(const Problem& p, const Advice& advice) {
 
 void plan_direct(const Problem& p, const KernelInfo& info, const Advice& advice, Plan* plan) {
   const int64_t units = p.batch * p.heads_kv;
+  // Heads that lie side by side go through their keys together, by one task a range.
+  const bool together = p.k.stride[1] < p.k.stride[2];
   plan->direct = true;
   plan->block_q = p.packed_rows();
   plan->block_kv = std::min(fitting(kDirectBytes, std::max(p.dim, p.dim_v) * size_of(p.dtype), 64, 256),
                             round_up(std::max<int64_t>(p.seq_kv, 1), 64));
   plan->splits = advice.splits > 0
                      ? std::min(advice.splits, ceil_div(std::max<int64_t>(p.seq_kv, 1), plan->block_kv))
-                     : std::clamp<int64_t>(p.seq_kv / kFewestSplitKeys, 1, ceil_div(kEnoughSplits, units));
+                     : std::clamp<int64_t>(p.seq_kv / kFewestSplitKeys, 1,
+                                           ceil_div(kEnoughSplits, together ? p.batch : units));
   plan->split_keys = round_up(ceil_div(p.seq_kv, plan->splits), plan->block_kv);
   // Of no influence on any result, so threads may count: three tasks each.
-  if (p.k.stride[1] < p.k.stride[2]) {
+  if (together) {
     const int64_t fewest = 3 * plan->threads, others = p.batch * plan->splits;
     plan->heads_together = std::clamp<int64_t>(p.heads_kv / std::max<int64_t>(1, ceil_div(fewest, others)), 1,
                                                kMostHeadsTogether);

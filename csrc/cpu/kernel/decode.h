@@ -14,6 +14,7 @@ namespace fae::cpu::FAE_ISA_NAMESPACE {
 template <class P, class S>
 class Decode : private ForwardRows<P, S> {
   using Base = ForwardRows<P, S>;
+  using typename Base::Operand;
   using typename Base::Real;
   using typename Base::V;
   using Base::arena_, Base::p_, Base::plan_, Base::scale_, Base::group_, Base::dim_padded_,
@@ -26,6 +27,10 @@ class Decode : private ForwardRows<P, S> {
   Decode(const ForwardCall& call, const Plan& plan, std::byte* base)
       : Base(call, plan, base, round_up(call.problem.dim, Products::kChunk), plan.heads_together) {
     scores_ = arena_.template take<Real>(kDirectRows * score_ld());
+    first_q_ = q_;
+    queries_ = arena_.template take<Operand>(plan.heads_together * plan.block_q * dim_padded_);
+    if constexpr (P::kPair > 1) weights_ = arena_.template take<Operand>(kDirectRows * score_ld());
+    else weights_ = scores_;
   }
   size_t bytes() const { return arena_.used(); }
 
@@ -70,9 +75,14 @@ class Decode : private ForwardRows<P, S> {
   }
 
   void attend(const KeyRange& keys, int64_t heads, bool with_sinks) {
-    for_each_head(heads, [&] { this->load_queries(with_sinks); });
+    first_head_ = head_kv_;
+    heads_ = heads;
+    for_each_head(heads, [&] {
+      this->load_queries(with_sinks);
+      Products::arrange(q_, dim_padded_, int(row_end_ - row_begin_), p_.dim, queries());
+    });
     for (int64_t k = keys.begin, end; k < keys.end; k = end) {
-      end = block_end(k, keys.end);
+      end = k + plan_.block_kv < keys.end ? k + plan_.block_kv : keys.end;
       for_each_head(heads, [&] { attend_block(k, end); });
     }
   }
@@ -85,36 +95,43 @@ class Decode : private ForwardRows<P, S> {
     return watch.all_finite();
   }
 
-  // Whether a block's keys are read where they lie, page by page. Those of tiny pages are gathered.
-  bool by_page() const { return p_.cache.pages.present() && p_.cache.pages.page_size >= V::kWidth; }
-
-  static constexpr int64_t kLargePage = 64;
-
-  // fn(done, rows, count) for the pages that n > 0 keys or values from `key` on lie in, in their order;
-  // `done` of them lie before. What is fetched early is of the next page where that is not far.
-  template <class Fn>
-  FAE_INLINE void for_each_page(const View4& x, int64_t key, int64_t n, Fn&& fn) const {
+  // Whether keys from `key` on are read where they lie, page by page. Those of tiny pages are gathered, and
+  // of pages that would tear a pair.
+  bool by_page(int64_t key) const {
     const int64_t page = p_.cache.pages.page_size;
-    SourceRows<S> rows = this->key_row(x, key);
-    for (int64_t done = 0; done < n;) {
-      const int64_t left = page - (sequence_.first_key + key + done) % page;
-      const int64_t count = left < n - done ? left : n - done, next = key + done + left;
-      const SourceRows<S> after = next < sequence_.kv_length ? this->key_row(x, next) : rows;
-      if (page < kLargePage) fn(done, typename Products::Rows(rows, after.data - rows.data), count);
-      else fn(done, typename Products::Rows(rows), count);
-      rows = after;
-      done += count;
-    }
+    return p_.cache.pages.present() && page >= V::kWidth && page % P::kPair == 0 &&
+           (sequence_.first_key + key) % P::kPair == 0;
   }
 
-  // Blocks end with large pages, whose keys are many enough to be fetched early within them.
-  int64_t block_end(int64_t k, int64_t last) const {
-    int64_t end = k + plan_.block_kv;
-    if (const int64_t page = p_.cache.pages.page_size; page >= kLargePage) {
-      const int64_t left = page - (sequence_.first_key + k) % page;
-      if (k + left < end) end = k + left;
+  // How far from a key of this head lies what is read some time later, if keys lie in one piece: a later key,
+  // or where heads go together the same key of the next head, and after the last head the next block.
+  int64_t ahead(const View4& x, int64_t columns) const {
+    if (heads_ == 1) return Products::rows_ahead(columns) * x.stride[2];
+    if (head_kv_ + 1 < first_head_ + heads_) return x.stride[1];
+    return plan_.block_kv * x.stride[2] - (heads_ - 1) * x.stride[1];
+  }
+  typename Products::Rows in_one_place(const View4& x, int64_t key, int64_t n, int64_t columns) const {
+    return {this->keys_of(x, key, n, columns), ahead(x, columns)};
+  }
+
+  // fn(done, rows, count) for the pages that n > 0 keys or values from `key` on lie in, in their order;
+  // `done` of them lie before. What is fetched early is of the next head; or at the same place in a later
+  // page; or in the same page, where that is far larger.
+  template <class Fn>
+  FAE_INLINE void for_each_page(const View4& x, int64_t columns, int64_t key, int64_t n, Fn&& fn) const {
+    const int64_t page = p_.cache.pages.page_size, wanted = Products::rows_ahead(columns);
+    const int64_t keys_ahead = wanted < page ? page : wanted / page * page;
+    for (int64_t done = 0; done < n;) {
+      const int64_t left = page - (sequence_.first_key + key + done) % page;
+      const int64_t count = left < n - done ? left : n - done, later = key + done + keys_ahead;
+      const SourceRows<S> rows = this->key_row(x, key + done);
+      int64_t elements_ahead = ahead(x, columns);
+      if (page <= 4 * wanted && head_kv_ + 1 == first_head_ + heads_) {
+        elements_ahead = later < sequence_.kv_length ? this->key_row(x, later).data - rows.data : 0;
+      }
+      fn(done, typename Products::Rows{rows, elements_ahead}, count);
+      done += count;
     }
-    return end < last ? end : last;
   }
 
   void attend_block(int64_t k_begin, int64_t k_end) {
@@ -126,13 +143,13 @@ class Decode : private ForwardRows<P, S> {
     if (mask.skip()) return;
     if (keep_) mask.begin = mask.begin / 4 * 4;
     const int64_t keys = mask.end - mask.begin, columns = round_up(keys, V::kWidth), ld = score_ld();
-    if (by_page()) {
-      for_each_page(p_.k, mask.begin, keys, [&](int64_t done, const auto& page, int64_t count) {
-        Products::score(q_, dim_padded_, rows, page, count, p_.dim, scores_ + done, ld);
+    if (by_page(mask.begin)) {
+      for_each_page(p_.k, p_.dim, mask.begin, keys, [&](int64_t done, const auto& page, int64_t count) {
+        Products::score(queries(), rows, page, count, p_.dim, scores_ + done, ld);
       });
     } else {
-      Products::score(q_, dim_padded_, rows, this->keys_of(p_.k, mask.begin, keys, p_.dim), keys, p_.dim,
-                      scores_, ld);
+      Products::score(queries(), rows, in_one_place(p_.k, mask.begin, keys, p_.dim), keys, p_.dim, scores_,
+                      ld);
     }
 
     const ScoreTile<V> tile{scores_, ld, mask.begin, keys, columns, b_, refs, rows};
@@ -142,17 +159,18 @@ class Decode : private ForwardRows<P, S> {
     Real alpha[kDirectRows];
     for (int i = 0; i < rows; ++i) {
       Real* const s = scores_ + i * ld;
-      alpha[i] = softmax_row<FmaProduct<V>>(s, columns, scale_.exponent_scale, max_ + i, sum_ + i, s);
-      if (keep_) this->drop(refs[i], mask.begin, keys, s);
+      Operand* const weights = weights_ + i * ld;
+      alpha[i] = softmax_row<P>(s, columns, scale_.exponent_scale, max_ + i, sum_ + i, weights);
+      if (keep_) this->drop(refs[i], mask.begin, keys, weights);
     }
     if (skips_hidden_) return accumulate_visible(refs, rows, alpha, tile);
-    if (by_page()) {
-      for_each_page(p_.v, mask.begin, keys, [&](int64_t done, const auto& page, int64_t count) {
-        Products::accumulate(scores_ + done, ld, rows, alpha, page, count, p_.dim_v, acc_, dim_v_padded_);
+    if (by_page(mask.begin)) {
+      for_each_page(p_.v, p_.dim_v, mask.begin, keys, [&](int64_t done, const auto& page, int64_t count) {
+        Products::accumulate(weights_ + done, ld, rows, alpha, page, count, p_.dim_v, acc_, dim_v_padded_);
         for (int i = 0; i < rows; ++i) alpha[i] = 1;
       });
     } else {
-      Products::accumulate(scores_, ld, rows, alpha, this->keys_of(p_.v, mask.begin, keys, p_.dim_v), keys,
+      Products::accumulate(weights_, ld, rows, alpha, in_one_place(p_.v, mask.begin, keys, p_.dim_v), keys,
                            p_.dim_v, acc_, dim_v_padded_);
     }
   }
@@ -165,7 +183,7 @@ class Decode : private ForwardRows<P, S> {
       for (int64_t j = 0; j < tile.keys; ++j) {
         if (!is_visible(p_, sequence_, b_, refs[r].head, refs[r].query, tile.k_begin + j)) continue;
         const SourceRows<S> value = this->key_row(p_.v, tile.k_begin + j);
-        add_special_row(tile.s[r * tile.ld + j], value.data, value.column, p_.dim_v, acc);
+        add_special_row(Real(to_float(weights_[r * tile.ld + j])), value.data, value.column, p_.dim_v, acc);
       }
     }
   }
@@ -181,8 +199,14 @@ class Decode : private ForwardRows<P, S> {
     }
   }
 
-  Real* scores_;               // [kDirectRows][score_ld()]
-  bool skips_hidden_ = false;  // values of hidden keys are not even multiplied by 0
+  Operand* queries() const { return queries_ + (q_ - first_q_); }  // of this head
+
+  const Operand* first_q_;
+  int64_t first_head_ = 0, heads_ = 1;  // that go together
+  Operand* queries_;                    // arranged, of all heads
+  Real* scores_;                        // [kDirectRows][score_ld()]
+  Operand* weights_;                    // the same, as operands: scores_ itself where these are Real
+  bool skips_hidden_ = false;           // values of hidden keys are not even multiplied by 0
 };
 
 }  // namespace fae::cpu::FAE_ISA_NAMESPACE

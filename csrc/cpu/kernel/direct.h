@@ -16,7 +16,7 @@ class Direct {
   using Real = typename V::Elem;
   using Operand = typename P::Operand;
   static constexpr int W = V::kWidth;
-  static constexpr int64_t kAhead = 16;                      // keys that are fetched early
+  static constexpr int64_t kAheadBytes = 16 << 10;  // that are fetched early; measured flat from 8 KiB
   static constexpr int64_t kLine = int64_t(64 / sizeof(S));  // elements of a cache line
 
  public:
@@ -27,7 +27,6 @@ class Direct {
   struct Rows {
     const S* data;
     int64_t row, ahead;
-    FAE_INLINE Rows(const SourceRows<S>& rows) : Rows(rows, kAhead * rows.row) {}
     FAE_INLINE Rows(const SourceRows<S>& rows, int64_t ahead_)
         : data(rows.data), row(rows.row), ahead(ahead_) {}
     FAE_INLINE Rows from_row(int64_t r) const {
@@ -37,21 +36,37 @@ class Direct {
     }
   };
 
-  // s[r][j] = q[r] . keys[j] for `rows` rows and n keys; q: [rows][dim], 0 up to whole chunks. Writes whole
-  // vectors.
-  static void score(const Operand* q, int64_t q_ld, int rows, const Rows& keys, int64_t n, int64_t dim,
-                    Real* s, int64_t ld) {
-    for (int64_t j = 0; j < n; j += W) {
-      const int count = int(n - j < W ? n - j : W);
-      for (int r = 0; r < rows; r += kGroup) {
-        const int group = rows - r < kGroup ? rows - r : kGroup;
-        score_fn<kGroup>(group)(q + r * q_ld, q_ld, keys.from_row(j), count, dim, s + r * ld + j, ld);
+  // Rows of so many columns that are fetched early.
+  static int64_t rows_ahead(int64_t columns) { return 1 + kAheadBytes / (columns * int64_t(sizeof(S))); }
+
+  // Queries as score() takes them: rows that it takes together lie side by side, chunk by chunk.
+  // q: [rows][q_ld], 0 up to whole chunks; out: as many operands as rows of whole chunks have.
+  static void arrange(const Operand* q, int64_t q_ld, int rows, int64_t dim, Operand* out) {
+    for (int first = 0; first < rows; first += kGroup) {
+      const int last = rows - first < kGroup ? rows : first + kGroup;
+      for (int64_t c = 0; c < dim; c += kChunk) {
+        for (int r = first; r < last; ++r, out += kChunk)
+          __builtin_memcpy(out, q + r * q_ld + c, kChunk * sizeof(Operand));
       }
     }
   }
 
-  // acc[r] = alpha[r] acc[r] + sum_j p[r][j] values[j]; acc: [rows][acc_ld], whole vectors.
-  static void accumulate(const Real* p, int64_t p_ld, int rows, const Real* alpha, const Rows& values,
+  // s[r][j] = q[r] . keys[j] for `rows` arranged rows and n keys. Writes whole vectors.
+  static void score(const Operand* q, int rows, const Rows& keys, int64_t n, int64_t dim, Real* s,
+                    int64_t ld) {
+    const int64_t row = round_up(dim, kChunk);
+    for (int64_t j = 0; j < n; j += W) {
+      const int count = int(n - j < W ? n - j : W);
+      for (int r = 0; r < rows; r += kGroup) {
+        const int group = rows - r < kGroup ? rows - r : kGroup;
+        score_fn<kGroup>(group)(q + r * row, keys.from_row(j), count, dim, s + r * ld + j, ld);
+      }
+    }
+  }
+
+  // acc[r] = alpha[r] acc[r] + sum_j p[r][j] values[j]; acc: [rows][acc_ld], whole vectors. p[r] is read up
+  // to whole pairs, and finite there.
+  static void accumulate(const Operand* p, int64_t p_ld, int rows, const Real* alpha, const Rows& values,
                          int64_t n, int64_t dim_v, Real* acc, int64_t acc_ld) {
     for (int r = 0; r < rows; r += kGroup) {
       const int group = rows - r < kGroup ? rows - r : kGroup;
@@ -60,130 +75,156 @@ class Direct {
   }
 
  private:
-  // Sums that fit the registers, and rows that are taken together so that several keys fit, too.
+  // Sums that fit the registers, and rows that are taken together.
   static constexpr int kSums = V::kTileRows * V::kTileVecs;
-  static constexpr int kGroup = kSums >= 24 ? 8 : 4;
-  static constexpr int at_a_time(int rows) { return kSums / rows < 4 ? kSums / rows : 4; }
+  static constexpr int kMostRows = kSums >= 24 ? 8 : 4;
+  static constexpr int kGroup = kMostRows < W ? kMostRows : W;
+  // Fewer take keys one by one, in their order in memory; more take two for each row that is loaded.
+  static constexpr int kFewRows = 4;
+  // Pairs of registers of values, or single ones, that are taken together.
+  static constexpr int at_a_time(int rows) {
+    const int vecs = kSums / rows < 8 ? kSums / rows : 8;
+    return vecs < P::kPair ? 1 : vecs / P::kPair;
+  }
 
-  using ScoreFn = void (*)(const Operand*, int64_t, const Rows&, int, int64_t, Real*, int64_t);
-  using AddFn = void (*)(const Real*, int64_t, const Real*, const Rows&, int64_t, int64_t, Real*, int64_t);
+  using ScoreFn = void (*)(const Operand*, const Rows&, int, int64_t, Real*, int64_t);
+  using AddFn = void (*)(const Operand*, int64_t, const Real*, const Rows&, int64_t, int64_t, Real*, int64_t);
   template <int kRows>
   static FAE_INLINE ScoreFn score_fn(int rows) {
     if constexpr (kRows > 1) {
       if (rows < kRows) return score_fn<kRows - 1>(rows);
     }
-    return &score_vector<kRows, at_a_time(kRows)>;
+    return &score_vector<kRows>;
   }
   template <int kRows>
   static FAE_INLINE AddFn add_fn(int rows) {
     if constexpr (kRows > 1) {
       if (rows < kRows) return add_fn<kRows - 1>(rows);
     }
-    return &add_columns<kRows, at_a_time(kRows)>;
+    return &add_columns<kRows>;
   }
 
-  // Up to one vector of keys: sums by lanes first, kKeys at a time, then across lanes for all together.
-  template <int kRows, int kKeys>
-  static void score_vector(const Operand* q, int64_t q_ld, const Rows& keys, int count, int64_t dim, Real* s,
-                           int64_t ld) {
-    Reg part[kRows][W];
-    int first = 0;
-    for (; first + kKeys <= W && first < count; first += kKeys)
-      sum_lanes<kRows, kKeys>(q, q_ld, keys, first, count, dim, part);
-    if constexpr (W % kKeys != 0) {
-      if (first < count && first + kKeys > W) {
-        sum_lanes<kRows, W % kKeys>(q, q_ld, keys, first, count, dim, part);
-        first = W;
-      }
+  // Early, into the second level: one read after the other, as processors expect it.
+  static FAE_INLINE void fetch(const S* p) { __builtin_prefetch(p, 0, 2); }
+
+  // Up to one vector of keys, as they lie: sums by lanes for as many as fill a vector with their scores, then
+  // across lanes for all of these together.
+  template <int kRows>
+  static void score_vector(const Operand* q, const Rows& keys, int count, int64_t dim, Real* s, int64_t ld) {
+    constexpr int kKeys = W / kRows, kPaired = kRows < kFewRows ? 0 : kKeys / 2 * 2;
+    Real sums[kRows == 1 ? W : W * kRows + W];  // [key][row]
+    Reg part[W];
+    if (count < W || W % kRows != 0) {
+      for (int i = 0; i < int(sizeof(sums) / sizeof(Real)); i += W) V::store(sums + i, V::zero());
     }
-    for (; first < W; ++first) {
-      for (int r = 0; r < kRows; ++r) part[r][first] = V::zero();
+#pragma GCC unroll 16
+    for (int i = kKeys * kRows; i < W; ++i) part[i] = V::zero();
+    for (int first = 0; first < count; first += kKeys) {
+#pragma GCC unroll 16
+      for (int k = 0; k < kPaired; k += 2)
+        sum_lanes<kRows, 2>(q, keys, first + k, count, dim, part + k * kRows);
+#pragma GCC unroll 16
+      for (int k = kPaired; k < kKeys; ++k)
+        sum_lanes<kRows, 1>(q, keys, first + k, count, dim, part + k * kRows);
+      V::store(sums + first * kRows, V::reduce_each(part));
     }
+    if constexpr (kRows == 1) {
+      V::store(s, V::load(sums));
+    } else {
+      Reg columns[W];
+#pragma GCC unroll 16
+      for (int k = 0; k < W; ++k) columns[k] = V::load(sums + k * kRows);
+      V::transpose(columns);
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) V::store(s + r * ld, V::reduce_each(part[r]));
+      for (int r = 0; r < kRows; ++r) V::store(s + r * ld, columns[r]);
+    }
   }
 
-  // part[r][k] = products of row r with key k, to be summed over their lanes, for kKeys keys from `first`.
+  // sum[k][r] = products of row r with key first + k, or the last, to be summed over their lanes.
   template <int kRows, int kKeys>
-  static FAE_INLINE void sum_lanes(const Operand* q, int64_t q_ld, const Rows& keys, int first, int count,
-                                   int64_t dim, Reg (*part)[W]) {
+  static FAE_INLINE void sum_lanes(const Operand* q, const Rows& keys, int first, int count, int64_t dim,
+                                   Reg* sum) {
     static_assert(kLine % kChunk == 0);
     const S* key[kKeys];
-    Reg acc[kRows][kKeys];
-#pragma GCC unroll 8
-    for (int k = 0; k < kKeys; ++k) {
+    Reg acc[kKeys * kRows];
+#pragma GCC unroll 2
+    for (int k = 0; k < kKeys; ++k)
       key[k] = keys.data + (first + k < count ? first + k : count - 1) * keys.row;
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) acc[r][k] = V::zero();
-    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kKeys * kRows; ++i) acc[i] = V::zero();
     // Past the last key nothing is read; an address that does not exist is no harm.
-    const int64_t ahead = keys.ahead;
     int64_t c = 0;
     for (; c + kLine <= dim; c += kLine) {
-#pragma GCC unroll 8
-      for (int k = 0; k < kKeys; ++k) __builtin_prefetch(key[k] + ahead + c);
+#pragma GCC unroll 2
+      for (int k = 0; k < kKeys; ++k) fetch(key[k] + keys.ahead + c);
 #pragma GCC unroll 4
       for (int64_t chunk = 0; chunk < kLine; chunk += kChunk)
-        add_chunk<kRows, kKeys, true>(q + c + chunk, q_ld, key, c + chunk, kChunk, acc);
+        add_chunk<kRows, kKeys, true>(q + (c + chunk) * kRows, key, c + chunk, kChunk, acc);
     }
     if (c < dim) {
-#pragma GCC unroll 8
-      for (int k = 0; k < kKeys; ++k) __builtin_prefetch(key[k] + ahead + c);
+#pragma GCC unroll 2
+      for (int k = 0; k < kKeys; ++k) fetch(key[k] + keys.ahead + c);
     }
-    for (; c + kChunk <= dim; c += kChunk) add_chunk<kRows, kKeys, true>(q + c, q_ld, key, c, kChunk, acc);
-    if (c < dim) add_chunk<kRows, kKeys, false>(q + c, q_ld, key, c, dim - c, acc);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-      for (int k = 0; k < kKeys; ++k) part[r][first + k] = acc[r][k];
-    }
+    for (; c + kChunk <= dim; c += kChunk) add_chunk<kRows, kKeys, true>(q + c * kRows, key, c, kChunk, acc);
+    if (c < dim) add_chunk<kRows, kKeys, false>(q + c * kRows, key, c, dim - c, acc);
+#pragma GCC unroll 16
+    for (int i = 0; i < kKeys * kRows; ++i) sum[i] = acc[i];
   }
 
   // One register of each key from element c, all of it or n elements, times that of each row.
   template <int kRows, int kKeys, bool kWhole>
-  static FAE_INLINE void add_chunk(const Operand* q, int64_t q_ld, const S* const* key, int64_t c, int64_t n,
-                                   Reg (*acc)[kKeys]) {
+  static FAE_INLINE void add_chunk(const Operand* q, const S* const* key, int64_t c, int64_t n, Reg* acc) {
     Reg column[kKeys];
-#pragma GCC unroll 8
+#pragma GCC unroll 2
     for (int k = 0; k < kKeys; ++k) {
-      if constexpr (P::kPair == 2) column[k] = P::load_pairs(key[k] + c, int(n));
+      if constexpr (P::kPair == 2)
+        column[k] = kWhole ? P::load(key[k] + c) : P::load_pairs(key[k] + c, int(n));
       else column[k] = kWhole ? V::load(key[k] + c) : V::load_n(key[k] + c, int(n));
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const Reg row = P::load(q + r * q_ld);
-#pragma GCC unroll 8
-      for (int k = 0; k < kKeys; ++k) acc[r][k] = P::multiply_add(acc[r][k], row, column[k]);
+      const Reg row = P::load(q + r * kChunk);
+#pragma GCC unroll 2
+      for (int k = 0; k < kKeys; ++k)
+        acc[k * kRows + r] = P::multiply_add(acc[k * kRows + r], row, column[k]);
     }
   }
 
   // Columns are taken in passes of about the same width: one of a single vector would wait for its sums.
-  template <int kRows, int kVecs>
-  static void add_columns(const Real* p, int64_t p_ld, const Real* alpha, const Rows& values, int64_t n,
+  template <int kRows>
+  static void add_columns(const Operand* p, int64_t p_ld, const Real* alpha, const Rows& values, int64_t n,
                           int64_t dim_v, Real* acc, int64_t acc_ld) {
+    constexpr int kUnits = at_a_time(kRows);
     int64_t c = 0;
-    for (int64_t vecs = dim_v / W; vecs > 0;) {
-      const int64_t passes = (vecs + kVecs - 1) / kVecs, width = (vecs + passes - 1) / passes;
-      add_pass<kRows, kVecs>(int(width), p, p_ld, alpha, values, n, c, acc, acc_ld);
-      c += width * W;
-      vecs -= width;
+    for (int64_t units = dim_v / kChunk; units > 0;) {
+      const int64_t passes = (units + kUnits - 1) / kUnits, width = (units + passes - 1) / passes;
+      add_pass<kRows, kUnits>(int(width), p, p_ld, alpha, values, n, c, dim_v, acc, acc_ld);
+      c += width * kChunk;
+      units -= width;
     }
-    if (c < dim_v) add_block<kRows, 1, false>(p, p_ld, alpha, values, n, c, int(dim_v - c), acc, acc_ld);
+    if (c + W < dim_v) {
+      add_block<kRows, P::kPair, false>(p, p_ld, alpha, values, n, c, dim_v, acc, acc_ld);
+    } else if (c < dim_v) {
+      add_block<kRows, 1, false>(p, p_ld, alpha, values, n, c, dim_v, acc, acc_ld);
+    }
   }
 
-  template <int kRows, int kVecs>
-  static FAE_INLINE void add_pass(int vecs, const Real* p, int64_t p_ld, const Real* alpha,
-                                  const Rows& values, int64_t n, int64_t c, Real* acc, int64_t acc_ld) {
-    if constexpr (kVecs > 1) {
-      if (vecs < kVecs) return add_pass<kRows, kVecs - 1>(vecs, p, p_ld, alpha, values, n, c, acc, acc_ld);
+  template <int kRows, int kUnits>
+  static FAE_INLINE void add_pass(int units, const Operand* p, int64_t p_ld, const Real* alpha,
+                                  const Rows& values, int64_t n, int64_t c, int64_t dim_v, Real* acc,
+                                  int64_t acc_ld) {
+    if constexpr (kUnits > 1) {
+      if (units < kUnits) {
+        return add_pass<kRows, kUnits - 1>(units, p, p_ld, alpha, values, n, c, dim_v, acc, acc_ld);
+      }
     }
-    add_block<kRows, kVecs, true>(p, p_ld, alpha, values, n, c, W, acc, acc_ld);
+    add_block<kRows, kUnits * P::kPair, true>(p, p_ld, alpha, values, n, c, dim_v, acc, acc_ld);
   }
 
-  // Columns [c, c + kVecs W) of the sums; or, when not whole, the `lanes` of one vector.
+  // Columns [c, c + kVecs W) of the sums; or, when not whole, those up to dim_v.
   template <int kRows, int kVecs, bool kWhole>
-  static FAE_INLINE void add_block(const Real* p, int64_t p_ld, const Real* alpha, const Rows& values,
-                                   int64_t n, int64_t c, int lanes, Real* acc, int64_t acc_ld) {
+  static FAE_INLINE void add_block(const Operand* p, int64_t p_ld, const Real* alpha, const Rows& values,
+                                   int64_t n, int64_t c, int64_t dim_v, Real* acc, int64_t acc_ld) {
     Reg sum[kRows][kVecs];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -191,30 +232,58 @@ class Direct {
       for (int j = 0; j < kVecs; ++j)
         sum[r][j] = V::mul(V::set1(alpha[r]), V::load(acc + r * acc_ld + c + j * W));
     }
-    // Lines that begin in these columns; an earlier pass has fetched the one before.
-    constexpr int kLines = (kVecs * W + int(kLine) - 1) / int(kLine);
-    const int64_t line = round_up(c, kLine) - c, last = kVecs * W - 1;
+    // The first pass fetches for all.
+    const int64_t fetched = c == 0 ? dim_v : 0;
+    const int lanes = int(dim_v - c);
     const S* value = values.data + c;
-    for (int64_t k = 0; k < n; ++k, value += values.row) {
-      Reg column[kVecs];
-#pragma GCC unroll 8
-      for (int j = 0; j < kLines; ++j) {
-        const int64_t at = line + j * kLine;
-        __builtin_prefetch(value + values.ahead + (at < last ? at : last));
+    int64_t k = 0;
+    for (; k + P::kPair <= n; k += P::kPair) {
+      for (int i = 0; i < P::kPair; ++i) {
+        for (int64_t x = 0; x < fetched; x += kLine) fetch(value + i * values.row + values.ahead + x);
       }
-#pragma GCC unroll 8
-      for (int j = 0; j < kVecs; ++j) column[j] = kWhole ? V::load(value + j * W) : V::load_n(value, lanes);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const Reg weight = V::set1(p[r * p_ld + k]);
-#pragma GCC unroll 8
-        for (int j = 0; j < kVecs; ++j) sum[r][j] = V::fma(weight, column[j], sum[r][j]);
+      Reg column[kVecs];
+      load_values<kVecs, kWhole, false>(value, values.row, lanes, column);
+      add_weighted<kRows, kVecs>(p + k, p_ld, column, sum);
+      value += P::kPair * values.row;
+    }
+    if constexpr (P::kPair > 1) {
+      if (k < n) {
+        Reg column[kVecs];
+        load_values<kVecs, kWhole, true>(value, values.row, lanes, column);
+        add_weighted<kRows, kVecs>(p + k, p_ld, column, sum);
       }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
       for (int j = 0; j < kVecs; ++j) V::store(acc + r * acc_ld + c + j * W, sum[r][j]);
+    }
+  }
+
+  // Values of one key, or of two as pairs, the second of which may be missing.
+  template <int kVecs, bool kWhole, bool kLast>
+  static FAE_INLINE void load_values(const S* value, int64_t row, int lanes, Reg* column) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kVecs; j += P::kPair) {
+      if constexpr (P::kPair == 1) {
+        column[j] = kWhole ? V::load(value + j * W) : V::load_n(value, lanes);
+      } else {
+        const S* const at = value + j * W;
+        const Reg even = kWhole ? P::load(at) : P::load_pairs(at, lanes);
+        const Reg odd = kLast ? V::zero() : kWhole ? P::load(at + row) : P::load_pairs(at + row, lanes);
+        Reg unused;
+        P::interleave(even, odd, column + j, j + 1 < kVecs ? column + j + 1 : &unused);
+      }
+    }
+  }
+
+  template <int kRows, int kVecs>
+  static FAE_INLINE void add_weighted(const Operand* p, int64_t p_ld, const Reg* column, Reg (*sum)[kVecs]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Reg weight = P::broadcast(p + r * p_ld);
+#pragma GCC unroll 8
+      for (int j = 0; j < kVecs; ++j) sum[r][j] = P::multiply_add(sum[r][j], weight, column[j]);
     }
   }
 };

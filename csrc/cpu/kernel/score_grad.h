@@ -109,6 +109,7 @@ class ScoreGrad {
     lse_low_ = arena_.take<Real>(plan.block_q);
     delta_ = arena_.take<Real>(plan.block_q);
     dlse_ = arena_.take<Real>(plan.block_q);
+    if (plan.direct) tile_queries_ = arena_.take<Operand>(kRows * dim_operand_);
     tile_rows_ = arena_.take<Operand>(kRows * dim_v_operand_);
     tile_columns_ = arena_.take<Operand>(panel_operands<P>(kRows, p_.dim_v));
     scratch_ = arena_.take<Real>(plan.block_kv);
@@ -221,8 +222,11 @@ class ScoreGrad {
     *range = {first, keys, columns, mask.narrowed};
     // By the very product of the forward pass: P adds up to 1 although both are rounded.
     if (plan_.direct) {
-      Direct<P, S>::score(queries_.from(row).data, queries_.ld, rows, keys_of(p_.k, k_begin_ + first), keys,
-                          p_.dim, s + first, ld);
+      using Products = Direct<P, S>;
+      const SourceRows<S> from = keys_of(p_.k, k_begin_ + first);
+      Products::arrange(queries_.from(row).data, queries_.ld, rows, p_.dim, tile_queries_);
+      Products::score(tile_queries_, rows, {from, Products::rows_ahead(p_.dim) * from.row}, keys, p_.dim,
+                      s + first, ld);
     } else {
       multiply_columns(queries_.from(row), dim_operand_, k_columns_, rows, *range, s, ld);
     }
@@ -283,6 +287,7 @@ class ScoreGrad {
   Real* delta_;                      // [block_q]
   Real* dlse_;                       // [block_q]
   Operand* tile_rows_;               // [kRows][dim_v], for compute_delta
+  Operand* tile_queries_ = nullptr;  // [kRows], arranged for products with keys as they lie
   Operand* tile_columns_;            // panel of kRows columns, depth dim_v
   Real* scratch_;                    // [block_kv]
   Real* slope_ = nullptr;            // [kRows][block_kv], with softcap
