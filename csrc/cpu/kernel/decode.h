@@ -158,10 +158,7 @@ class Decode : private ForwardRows<P, S> {
     finish_scores<V>(p_, sequence_, partial, mask, tile, scratch_);
     Real alpha[kDirectRows];
     for (int i = 0; i < rows; ++i) {
-      Real* const s = scores_ + i * ld;
-      Operand* const weights = weights_ + i * ld;
-      alpha[i] = softmax_row<P>(s, columns, scale_.exponent_scale, max_ + i, sum_ + i, weights);
-      if (keep_) this->drop(refs[i], mask.begin, keys, weights);
+      alpha[i] = this->softmax(i, refs[i], mask.begin, keys, scores_ + i * ld, weights_ + i * ld);
     }
     if (skips_hidden_) return accumulate_visible(refs, rows, alpha, tile);
     if (by_page(mask.begin)) {

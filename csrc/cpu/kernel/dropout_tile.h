@@ -36,17 +36,20 @@ class DropoutRow {
 
   // word[4 c + w]: word w of counter (first + c, c1, c2, c3).
   void words(uint32_t first, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t (&word)[4 * kCounters]) const {
-    uint64_t pairs[2][kCounters];
-    for (int c = 0; c < kCounters; ++c) pairs[0][c] = uint32_t(first + uint32_t(c));
+    static_assert(kCounters % (kSideBySide * U::kWidth) == 0);
+    // Lanes of a register in the order in which zip_low() and zip_high() bring them side by side.
+    uint64_t order[U::kWidth];
+    for (int l = 0; l < U::kWidth; ++l) order[l] = uint64_t(l % 2 * (U::kWidth / 2) + l / 2);
     for (int c = 0; c < kCounters; c += kSideBySide * U::kWidth) {
       Reg x[kSideBySide][4];
       for (int i = 0; i < kSideBySide; ++i) {
-        x[i][0] = U::load(pairs[0] + c + i * U::kWidth);
+        x[i][0] = U::add(U::load(order), U::set1(first + uint32_t(c + i * U::kWidth)));
         x[i][1] = U::set1(c1);
         x[i][2] = U::set1(c2);
         x[i][3] = U::set1(c3);
       }
       uint32_t k0 = key_.k0, k1 = key_.k1;
+#pragma GCC unroll 7
       for (int round = 0; round < kPhiloxRounds; ++round) {
         for (int i = 0; i < kSideBySide; ++i) {
           const Reg a = U::mul_low(U::set1(kPhiloxM0), x[i][0]);
@@ -60,14 +63,10 @@ class DropoutRow {
         k1 += kPhiloxW1;
       }
       for (int i = 0; i < kSideBySide; ++i) {
-        U::store(pairs[0] + c + i * U::kWidth, U::pair_low(x[i][0], x[i][1]));
-        U::store(pairs[1] + c + i * U::kWidth, U::pair_low(x[i][2], x[i][3]));
-      }
-    }
-    for (int c = 0; c < kCounters; ++c) {
-      for (int half = 0; half < 2; ++half) {
-        word[4 * c + 2 * half] = uint32_t(pairs[half][c]);
-        word[4 * c + 2 * half + 1] = uint32_t(pairs[half][c] >> 32);
+        const Reg first_words = U::pair_low(x[i][0], x[i][1]), last_words = U::pair_low(x[i][2], x[i][3]);
+        uint32_t* const to = word + 4 * (c + i * U::kWidth);
+        U::store(to, U::zip_low(first_words, last_words));
+        U::store(to + 2 * U::kWidth, U::zip_high(first_words, last_words));
       }
     }
   }

@@ -107,9 +107,8 @@ class Forward : private ForwardRows<P, S> {
     if constexpr (P::kPair > 1) probabilities = probabilities_;
     else probabilities = scores_;
     for (int i = 0; i < rows; ++i) {
-      alpha[i] = softmax_row<P>(scores_ + i * plan_.block_kv, columns, scale_.exponent_scale, max_ + row + i,
-                                sum_ + row + i, probabilities + i * plan_.block_kv);
-      if (keep_) this->drop(refs[i], tile.k_begin, keys, probabilities + i * plan_.block_kv);
+      alpha[i] = this->softmax(row + i, refs[i], tile.k_begin, keys, scores_ + i * plan_.block_kv,
+                               probabilities + i * plan_.block_kv);
     }
 
     const int64_t steps = round_up(keys, P::kPair) / P::kPair;

@@ -122,12 +122,14 @@ class ForwardRows {
     for (int64_t i = 0; i < n * dim_v_padded_; ++i) acc_[i] = 0;
   }
 
-  // The sum of probabilities is taken before; what is kept is scaled with it.
-  template <class T>
-  void drop(const RowRef& ref, int64_t k_begin, int64_t keys, T* probabilities) {
+  // softmax_row() of row i of the task, against `keys` keys from k_begin on. The sum is of all
+  // probabilities; what dropout keeps is scaled with it, at the end.
+  Real softmax(int64_t i, const RowRef& ref, int64_t k_begin, int64_t keys, const Real* s, Operand* p) {
+    const int64_t columns = round_up(keys, V::kWidth);
+    if (!keep_) return softmax_row<P>(s, columns, scale_.exponent_scale, max_ + i, sum_ + i, p);
     DropoutRow<typename V::Words>(p_.dropout, dropout_key_)
         .factors(b_, ref.head, ref.query, k_begin, keys, keep_);
-    for (int64_t j = 0; j < keys; ++j) probabilities[j] = keep_[j] != 0 ? probabilities[j] : T{};
+    return softmax_row<P, true>(s, columns, scale_.exponent_scale, max_ + i, sum_ + i, p, keep_);
   }
 
   // x / divisor by its reciprocal and one correction, which rounds as a division does but for rare last

@@ -27,11 +27,13 @@ FAE_INLINE typename V::Elem row_maximum(const typename V::Elem* s, int64_t colum
 
 // Folds `columns` scores into the row's running (max, sum), writes exp(score - max) as
 // operands of the next product to p (p may be s), and returns the factor that takes
-// earlier sums and values to the new maximum. Hidden scores are -inf and become 0.
-template <class P>
+// earlier sums and values to the new maximum. Hidden scores are -inf and become 0. kDrops: p is 0 where
+// keep is; the sum is of all.
+template <class P, bool kDrops = false>
 FAE_INLINE typename P::Vec::Elem softmax_row(const typename P::Vec::Elem* s, int64_t columns,
                                              typename P::Vec::Elem exponent_scale, typename P::Vec::Elem* max,
-                                             typename P::Vec::Elem* sum, typename P::Operand* p) {
+                                             typename P::Vec::Elem* sum, typename P::Operand* p,
+                                             const typename P::Vec::Elem* keep = nullptr) {
   using V = typename P::Vec;
   using Reg = typename V::Reg;
   using Real = typename V::Elem;
@@ -40,19 +42,23 @@ FAE_INLINE typename P::Vec::Elem softmax_row(const typename P::Vec::Elem* s, int
   // A row that has seen nothing yet: subtracting -inf would make NaN of its -inf scores.
   const Real shift = new_max == Real(-__builtin_inf()) ? Real(0) : new_max;
   const Reg shift_lanes = V::set1(shift), scale_lanes = V::set1(exponent_scale);
+  const auto store = [&](int64_t j, Reg x) {
+    if constexpr (kDrops) x = V::select(V::equal(V::load(keep + j), V::zero()), V::zero(), x);
+    P::store(p + j, x);
+  };
   Reg total = V::zero(), other = V::zero();
   int64_t j = 0;
   for (; j + 2 * V::kWidth <= columns; j += 2 * V::kWidth) {
     const Reg x = P::exp2(V::mul(V::sub(V::load(s + j), shift_lanes), scale_lanes));
     const Reg y = P::exp2(V::mul(V::sub(V::load(s + j + V::kWidth), shift_lanes), scale_lanes));
-    P::store(p + j, x);
-    P::store(p + j + V::kWidth, y);
+    store(j, x);
+    store(j + V::kWidth, y);
     total = V::add(total, x);
     other = V::add(other, y);
   }
   if (j < columns) {
     const Reg x = P::exp2(V::mul(V::sub(V::load(s + j), shift_lanes), scale_lanes));
-    P::store(p + j, x);
+    store(j, x);
     total = V::add(total, x);
   }
   Real alpha = 1;

@@ -20,10 +20,12 @@
 //   transpose(r)            kWidth x kWidth block held in r[kWidth], in place
 //   Words                   vectors of unsigned 64-bit lanes, for random numbers, with these members:
 //
-//   Reg, kWidth, set1(x) load(p) store(p, r) bit_xor(a, b)
+//   Reg, kWidth, set1(x) load(p) store(p, r) add(a, b) bit_xor(a, b)
 //   mul_low(a, b)           the 64-bit products of the low halves
 //   high(a)                 the high halves, as low ones
 //   pair_low(a, b)          a's low halves below b's
+//   zip_low(a, b) zip_high(a, b)  lanes a[0] b[0] a[2] b[2] ..., and a[1] b[1] a[3] b[3] ...; a and b
+//                           themselves where a register is one lane
 #pragma once
 
 #include "core/dtype.h"

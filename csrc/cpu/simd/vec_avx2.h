@@ -20,13 +20,16 @@ struct U64 {
   static FAE_INLINE Reg load(const uint64_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }
-  static FAE_INLINE void store(uint64_t* p, Reg r) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), r); }
+  static FAE_INLINE void store(uint32_t* p, Reg r) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), r); }
+  static FAE_INLINE Reg add(Reg a, Reg b) { return _mm256_add_epi64(a, b); }
   static FAE_INLINE Reg mul_low(Reg a, Reg b) { return _mm256_mul_epu32(a, b); }
   static FAE_INLINE Reg high(Reg a) { return _mm256_srli_epi64(a, 32); }
   static FAE_INLINE Reg bit_xor(Reg a, Reg b) { return _mm256_xor_si256(a, b); }
   static FAE_INLINE Reg pair_low(Reg a, Reg b) {
     return _mm256_blend_epi32(a, _mm256_slli_epi64(b, 32), 0xaa);
   }
+  static FAE_INLINE Reg zip_low(Reg a, Reg b) { return _mm256_unpacklo_epi64(a, b); }
+  static FAE_INLINE Reg zip_high(Reg a, Reg b) { return _mm256_unpackhi_epi64(a, b); }
 };
 
 struct F32 {

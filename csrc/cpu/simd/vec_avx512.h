@@ -12,13 +12,16 @@ struct U64 {
   static constexpr int kWidth = 8;
   static FAE_INLINE Reg set1(uint64_t x) { return _mm512_set1_epi64(int64_t(x)); }
   static FAE_INLINE Reg load(const uint64_t* p) { return _mm512_loadu_si512(p); }
-  static FAE_INLINE void store(uint64_t* p, Reg r) { _mm512_storeu_si512(p, r); }
+  static FAE_INLINE void store(uint32_t* p, Reg r) { _mm512_storeu_si512(p, r); }
+  static FAE_INLINE Reg add(Reg a, Reg b) { return _mm512_add_epi64(a, b); }
   static FAE_INLINE Reg mul_low(Reg a, Reg b) { return _mm512_mul_epu32(a, b); }
   static FAE_INLINE Reg high(Reg a) { return _mm512_srli_epi64(a, 32); }
   static FAE_INLINE Reg bit_xor(Reg a, Reg b) { return _mm512_xor_si512(a, b); }
   static FAE_INLINE Reg pair_low(Reg a, Reg b) {
     return _mm512_mask_blend_epi32(0xaaaa, a, _mm512_slli_epi64(b, 32));
   }
+  static FAE_INLINE Reg zip_low(Reg a, Reg b) { return _mm512_unpacklo_epi64(a, b); }
+  static FAE_INLINE Reg zip_high(Reg a, Reg b) { return _mm512_unpackhi_epi64(a, b); }
 };
 
 struct F32 {

@@ -12,11 +12,14 @@ struct U64 {
   static constexpr int kWidth = 2;
   static FAE_INLINE Reg set1(uint64_t x) { return vdupq_n_u64(x); }
   static FAE_INLINE Reg load(const uint64_t* p) { return vld1q_u64(p); }
-  static FAE_INLINE void store(uint64_t* p, Reg r) { vst1q_u64(p, r); }
+  static FAE_INLINE void store(uint32_t* p, Reg r) { vst1q_u32(p, vreinterpretq_u32_u64(r)); }
+  static FAE_INLINE Reg add(Reg a, Reg b) { return vaddq_u64(a, b); }
   static FAE_INLINE Reg mul_low(Reg a, Reg b) { return vmull_u32(vmovn_u64(a), vmovn_u64(b)); }
   static FAE_INLINE Reg high(Reg a) { return vshrq_n_u64(a, 32); }
   static FAE_INLINE Reg bit_xor(Reg a, Reg b) { return veorq_u64(a, b); }
   static FAE_INLINE Reg pair_low(Reg a, Reg b) { return vsliq_n_u64(a, b, 32); }
+  static FAE_INLINE Reg zip_low(Reg a, Reg b) { return vzip1q_u64(a, b); }
+  static FAE_INLINE Reg zip_high(Reg a, Reg b) { return vzip2q_u64(a, b); }
 };
 
 struct F32 {

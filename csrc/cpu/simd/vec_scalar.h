@@ -10,11 +10,17 @@ struct U64 {
   static constexpr int kWidth = 1;
   static FAE_INLINE Reg set1(uint64_t x) { return x; }
   static FAE_INLINE Reg load(const uint64_t* p) { return *p; }
-  static FAE_INLINE void store(uint64_t* p, Reg r) { *p = r; }
+  static FAE_INLINE void store(uint32_t* p, Reg r) {
+    p[0] = uint32_t(r);
+    p[1] = uint32_t(r >> 32);
+  }
+  static FAE_INLINE Reg add(Reg a, Reg b) { return a + b; }
   static FAE_INLINE Reg mul_low(Reg a, Reg b) { return uint64_t(uint32_t(a)) * uint32_t(b); }
   static FAE_INLINE Reg high(Reg a) { return a >> 32; }
   static FAE_INLINE Reg bit_xor(Reg a, Reg b) { return a ^ b; }
   static FAE_INLINE Reg pair_low(Reg a, Reg b) { return uint32_t(a) | b << 32; }
+  static FAE_INLINE Reg zip_low(Reg a, Reg) { return a; }
+  static FAE_INLINE Reg zip_high(Reg, Reg b) { return b; }
 };
 
 template <class Real, int kLanes>

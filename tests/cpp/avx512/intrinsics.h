@@ -59,6 +59,7 @@
 #define _mm512_reduce_max_pd(x) fae_avx512::maximum(x)
 
 #define _mm512_add_epi32(a, b) FAE_INT(FAE_U32(a) + FAE_U32(b))
+#define _mm512_add_epi64(a, b) FAE_INT(FAE_U64(a) + FAE_U64(b))
 #define _mm512_and_si512(a, b) FAE_INT(FAE_U64(a) & FAE_U64(b))
 #define _mm512_xor_si512(a, b) FAE_INT(FAE_U64(a) ^ FAE_U64(b))
 #define _mm512_slli_epi32(a, n) FAE_INT(FAE_U32(a) << (n))
@@ -95,6 +96,8 @@
 #define _mm512_unpackhi_ps(a, b) FAE_SHUFFLE(a, b, (fae_avx512::unpacked<fae_avx512::i32x16, 4, 1>()))
 #define _mm512_unpacklo_pd(a, b) FAE_SHUFFLE(a, b, (fae_avx512::unpacked<fae_avx512::i64x8, 2, 0>()))
 #define _mm512_unpackhi_pd(a, b) FAE_SHUFFLE(a, b, (fae_avx512::unpacked<fae_avx512::i64x8, 2, 1>()))
+#define _mm512_unpacklo_epi64(a, b) FAE_SHUFFLE(a, b, (fae_avx512::unpacked<fae_avx512::i64x8, 2, 0>()))
+#define _mm512_unpackhi_epi64(a, b) FAE_SHUFFLE(a, b, (fae_avx512::unpacked<fae_avx512::i64x8, 2, 1>()))
 #define _mm512_unpacklo_epi16(a, b) FAE_SHUFFLE(a, b, (fae_avx512::unpacked<fae_avx512::i16x32, 8, 0>()))
 #define _mm512_unpackhi_epi16(a, b) FAE_SHUFFLE(a, b, (fae_avx512::unpacked<fae_avx512::i16x32, 8, 1>()))
 #define _mm512_permutex2var_epi64(a, index, b) FAE_SHUFFLE(a, b, FAE_BITS(fae_avx512::i64x8, index))
