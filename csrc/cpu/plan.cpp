@@ -149,7 +149,7 @@ Plan plan_forward(const Problem& p, Isa isa, int threads, const Advice& advice) 
   }
   // Several tasks per thread, so that causal masks balance, unless they become so short
   // that packing the keys shows.
-  const int64_t most = fitting(kRowBytes, row_bytes, info.register_rows, 768);
+  const int64_t most = fitting(kRowBytes, row_bytes, info.register_rows, 2048);
   const int64_t wanted_tiles = plan.threads == 1 ? 1 : ceil_div(6 * plan.threads, units);
   const int64_t tiles =
       std::max(ceil_div(rows, most), std::min(wanted_tiles, ceil_div(rows, 16 * info.register_rows)));
