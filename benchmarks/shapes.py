@@ -116,9 +116,7 @@ class Case:
         return float(self.batch * self.kv_heads * self.seq * (self.dim + self.value_dim) * BYTES[self.dtype])
 
     def limit(self, isa: str) -> str:
-        """With few queries reading memory, else the matrix product of what kernels for `isa` compute in."""
-        if self.seq_q:
-            return "read"
+        """The matrix product of what kernels for `isa` compute in."""
         return self.dtype if self.dtype == "bfloat16" and isa in BF16_ISAS else "float32"
 
 

@@ -61,8 +61,8 @@ def test_a_wrong_result_is_refused():
         problem.verify(wrong, TOLERANCE)
 
 
-def _results(ratio: float) -> dict:
-    row = {"class": "forward", "name": "a case", "limit": "float32", "goal_ratio": 1.5, "goal_share": 0.8,
+def _results(ratio: float, read_s: float = 0.0) -> dict:
+    row = {"class": "forward", "name": "a case", "limit": "float32", "read_s": read_s, "goal_ratio": 1.5, "goal_share": 0.8,
            "ours_s": 1e-3, "torch_s": 1e-3 * ratio, "ratio": ratio, "plain_ratio": ratio,
            "ours_gflops": 90.0, "torch_gflops": 90.0 / ratio, "torch_formulation": "bhsd"}  # fmt: skip
     environment = dict.fromkeys(("cpu", "cpu_family", "isa", "threads", "torch", "date"), "x")
@@ -76,6 +76,14 @@ def test_goals_are_judged():
     assert not report.meets_goals(_results(1.4)["rows"][0])
     assert "90 %" in report.case_table(_results(2.0))
     assert "1 of 1" in report.class_table(_results(2.0))
+
+
+def test_the_limit_is_the_longer_of_products_and_reading():
+    assert _results(2.0)["rows"][0]["share"] == pytest.approx(0.9)
+    assert _results(2.0, read_s=0.5e-3)["rows"][0]["share"] == pytest.approx(0.9)
+    row = _results(2.0, read_s=0.95e-3)["rows"][0]
+    assert row["share"] == pytest.approx(0.95)
+    assert row["torch_share"] == pytest.approx(0.475)
 
 
 def test_two_runs_are_compared():

@@ -55,11 +55,12 @@ class Direct {
   static void score(const Operand* q, int rows, const Rows& keys, int64_t n, int64_t dim, Real* s,
                     int64_t ld) {
     const int64_t row = round_up(dim, kChunk);
+    const bool short_keys = dim <= kShortKeys;
     for (int64_t j = 0; j < n; j += W) {
       const int count = int(n - j < W ? n - j : W);
       for (int r = 0; r < rows; r += kGroup) {
         const int group = rows - r < kGroup ? rows - r : kGroup;
-        score_fn<kGroup>(group)(q + r * row, keys.from_row(j), count, dim, s + r * ld + j, ld);
+        score_fn<kGroup>(group, short_keys)(q + r * row, keys.from_row(j), count, dim, s + r * ld + j, ld);
       }
     }
   }
@@ -81,6 +82,9 @@ class Direct {
   static constexpr int kGroup = kMostRows < W ? kMostRows : W;
   // Fewer take keys one by one, in their order in memory; more take two for each row that is loaded.
   static constexpr int kFewRows = 4;
+  // Where summing across lanes, for each score, would cost more than transposing a key's few registers once.
+  static constexpr int kManyRows = 5;
+  static constexpr int64_t kShortKeys = 4 * kChunk;
   // Pairs of registers of values, or single ones, that are taken together.
   static constexpr int at_a_time(int rows) {
     const int vecs = kSums / rows < 8 ? kSums / rows : 8;
@@ -90,9 +94,12 @@ class Direct {
   using ScoreFn = void (*)(const Operand*, const Rows&, int, int64_t, Real*, int64_t);
   using AddFn = void (*)(const Operand*, int64_t, const Real*, const Rows&, int64_t, int64_t, Real*, int64_t);
   template <int kRows>
-  static FAE_INLINE ScoreFn score_fn(int rows) {
+  static FAE_INLINE ScoreFn score_fn(int rows, bool short_keys) {
     if constexpr (kRows > 1) {
-      if (rows < kRows) return score_fn<kRows - 1>(rows);
+      if (rows < kRows) return score_fn<kRows - 1>(rows, short_keys);
+    }
+    if constexpr (kRows >= kManyRows) {
+      if (short_keys) return &score_transposed<kRows>;
     }
     return &score_vector<kRows>;
   }
@@ -138,6 +145,45 @@ class Direct {
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) V::store(s + r * ld, columns[r]);
     }
+  }
+
+  // The same, with keys side by side in the lanes.
+  template <int kRows>
+  static void score_transposed(const Operand* q, const Rows& keys, int count, int64_t dim, Real* s,
+                               int64_t ld) {
+    Reg acc[kRows], elements[W];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) acc[r] = V::zero();
+    for (int64_t c = 0; c < dim; c += kChunk, q += kRows * kChunk) {
+      if (c % kLine == 0) {
+#pragma GCC unroll 16
+        for (int k = 0; k < W; ++k) fetch(keys.data + k * keys.row + keys.ahead + c);
+      }
+      if (dim - c < kChunk) load_keys<false>(keys, count, c, dim - c, elements);
+      else load_keys<true>(keys, count, c, kChunk, elements);
+      V::transpose(elements);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) {
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r)
+          acc[r] = P::multiply_add(acc[r], P::broadcast(q + r * kChunk + i * P::kPair), elements[i]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) V::store(s + r * ld, acc[r]);
+  }
+  template <bool kWhole>
+  static FAE_INLINE void load_keys(const Rows& keys, int count, int64_t c, int64_t n, Reg* to) {
+#pragma GCC unroll 16
+    for (int k = 0; k < W; ++k)
+      to[k] = load_chunk<kWhole>(keys.data + (k < count ? k : count - 1) * keys.row + c, n);
+  }
+
+  // One register of a key, all of it or n elements.
+  template <bool kWhole>
+  static FAE_INLINE Reg load_chunk(const S* key, int64_t n) {
+    if constexpr (P::kPair == 2) return kWhole ? P::load(key) : P::load_pairs(key, int(n));
+    else return kWhole ? V::load(key) : V::load_n(key, int(n));
   }
 
   // sum[k][r] = products of row r with key first + k, or the last, to be summed over their lanes.
@@ -269,8 +315,8 @@ class Direct {
         column[j] = kWhole ? V::load(value + j * W) : V::load_n(value, lanes);
       } else {
         const S* const at = value + j * W;
-        const Reg even = kWhole ? P::load(at) : P::load_pairs(at, lanes);
-        const Reg odd = kLast ? V::zero() : kWhole ? P::load(at + row) : P::load_pairs(at + row, lanes);
+        const Reg even = load_chunk<kWhole>(at, lanes);
+        const Reg odd = kLast ? V::zero() : load_chunk<kWhole>(at + row, lanes);
         Reg unused;
         P::interleave(even, odd, column + j, j + 1 < kVecs ? column + j + 1 : &unused);
       }
