@@ -1,5 +1,6 @@
 // Chooses tile sizes and the split of the work; host arithmetic only.
 #include <algorithm>
+#include <numeric>
 
 #include "cpu/dispatch.h"
 
@@ -104,6 +105,16 @@ int useful_threads(double flops, int threads) {
   return int(std::clamp(flops / kFlopsPerThread, 1.0, double(std::max(threads, 1))));
 }
 
+// Tiles of `rows` for each of `units`: several tasks per thread, so that causal masks balance, unless they
+// become so short that packing the keys shows. Few tasks are as many as threads can share evenly.
+int64_t row_tiles(int64_t rows, int64_t units, int64_t threads, const KernelInfo& info) {
+  if (threads == 1) return 1;
+  const int64_t enough = 6 * threads;
+  const int64_t tiles = std::min(ceil_div(enough, units), ceil_div(rows, 16 * info.register_rows));
+  const int64_t even = round_up(tiles, threads / std::gcd(units, threads));
+  return units * tiles < enough && even <= ceil_div(rows, 4 * info.register_rows) ? even : tiles;
+}
+
 Plan begin_plan(const Problem& p, Isa isa, const KernelInfo& info) {
   Plan plan;
   plan.isa = isa;
@@ -147,12 +158,8 @@ Plan plan_forward(const Problem& p, Isa isa, int threads, const Advice& advice) 
     plan_direct(p, info, advice, &plan);
     return with_workspace(plan, p, kernels);
   }
-  // Several tasks per thread, so that causal masks balance, unless they become so short
-  // that packing the keys shows.
   const int64_t most = fitting(kRowBytes, row_bytes, info.register_rows, 2048);
-  const int64_t wanted_tiles = plan.threads == 1 ? 1 : ceil_div(6 * plan.threads, units);
-  const int64_t tiles =
-      std::max(ceil_div(rows, most), std::min(wanted_tiles, ceil_div(rows, 16 * info.register_rows)));
+  const int64_t tiles = std::max(ceil_div(rows, most), row_tiles(rows, units, plan.threads, info));
   plan.block_q = round_up(ceil_div(rows, tiles), info.register_rows);
   if (advice.block_q > 0) {
     plan.block_q =
