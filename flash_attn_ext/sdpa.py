@@ -177,6 +177,8 @@ def _attention(
     """Equal leading axes, which `attn_mask` has as well when there are two or more."""
     if query.dim() > 4:
         return _many_batch_axes(query, key, value, attn_mask, causal, scale, dropout_p)
+    if attn_mask is None and query.is_contiguous():  # most calls, and the shortest way
+        return flash_attention(query, key, value, causal, scale=scale, layout="bhsd", dropout_p=dropout_p)
     options = _mask_option(attn_mask) | {"scale": scale, "dropout_p": dropout_p}
     if query.is_contiguous() or value.shape[-1] != query.shape[-1]:
         return flash_attention(query, key, value, causal, layout="bhsd", **options)
