@@ -55,12 +55,11 @@ class Direct {
   static void score(const Operand* q, int rows, const Rows& keys, int64_t n, int64_t dim, Real* s,
                     int64_t ld) {
     const int64_t row = round_up(dim, kChunk);
-    const bool short_keys = dim <= kShortKeys;
     for (int64_t j = 0; j < n; j += W) {
       const int count = int(n - j < W ? n - j : W);
       for (int r = 0; r < rows; r += kGroup) {
         const int group = rows - r < kGroup ? rows - r : kGroup;
-        score_fn<kGroup>(group, short_keys)(q + r * row, keys.from_row(j), count, dim, s + r * ld + j, ld);
+        score_fn<kGroup>(group, dim)(q + r * row, keys.from_row(j), count, dim, s + r * ld + j, ld);
       }
     }
   }
@@ -82,9 +81,11 @@ class Direct {
   static constexpr int kGroup = kMostRows < W ? kMostRows : W;
   // Fewer take keys one by one, in their order in memory; more take two for each row that is loaded.
   static constexpr int kFewRows = 4;
-  // Where summing across lanes, for each score, would cost more than transposing a key's few registers once.
-  static constexpr int kManyRows = 5;
-  static constexpr int64_t kShortKeys = 4 * kChunk;
+  // Keys so short that transposing their few registers, once, costs less than summing across lanes for each
+  // row.
+  static constexpr int64_t short_keys(int rows) {
+    return (rows > kMostRows / 2 ? 4 : rows > 1 ? 2 : 0) * kChunk;
+  }
   // Pairs of registers of values, or single ones, that are taken together.
   static constexpr int at_a_time(int rows) {
     const int vecs = kSums / rows < 8 ? kSums / rows : 8;
@@ -94,14 +95,11 @@ class Direct {
   using ScoreFn = void (*)(const Operand*, const Rows&, int, int64_t, Real*, int64_t);
   using AddFn = void (*)(const Operand*, int64_t, const Real*, const Rows&, int64_t, int64_t, Real*, int64_t);
   template <int kRows>
-  static FAE_INLINE ScoreFn score_fn(int rows, bool short_keys) {
+  static FAE_INLINE ScoreFn score_fn(int rows, int64_t dim) {
     if constexpr (kRows > 1) {
-      if (rows < kRows) return score_fn<kRows - 1>(rows, short_keys);
+      if (rows < kRows) return score_fn<kRows - 1>(rows, dim);
     }
-    if constexpr (kRows >= kManyRows) {
-      if (short_keys) return &score_transposed<kRows>;
-    }
-    return &score_vector<kRows>;
+    return dim <= short_keys(kRows) ? &score_transposed<kRows> : &score_vector<kRows>;
   }
   template <int kRows>
   static FAE_INLINE AddFn add_fn(int rows) {
