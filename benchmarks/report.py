@@ -158,7 +158,7 @@ def extra_tables(results: dict) -> list[str]:
 
 
 def headline(results: dict) -> str:
-    """The machine and the limits, in two sentences."""
+    """The machine and the limits, in a few words."""
     env, limits = results["environment"], results["limits"]
     family = f" ({env['cpu_family']})" if env["cpu_family"] else ""
     others = "fp16's" if env["isa"] in BF16_ISAS else "the 16-bit types'"
@@ -166,7 +166,8 @@ def headline(results: dict) -> str:
         f"Measured on {env['cpu']}{family}, {env['threads']} threads, kernels for {env['isa']}, "
         f"torch {env['torch']}, {env['date']}. Limits in the same run: "
         f"{limits['gemm_gflops']['float32']:.0f} GFLOP/s fp32 GEMM ({others} limit too), "
-        f"{limits['gemm_gflops']['bfloat16']:.0f} GFLOP/s bf16 GEMM, {limits['read_gbytes']:.0f} GB/s read."
+        f"{limits['gemm_gflops']['bfloat16']:.0f} GFLOP/s bf16 GEMM, {limits['read_gbytes']:.0f} GB/s read "
+        "(timed anew beside each case of decoding, whose limit is the longer of reading and the products)."
     )
 
 
