@@ -177,7 +177,7 @@ class Direct {
       to[k] = load_chunk<kWhole>(keys.data + (k < count ? k : count - 1) * keys.row + c, n);
   }
 
-  // One register of a key, all of it or n elements.
+  // One register of a key or value, all of it or n elements.
   template <bool kWhole>
   static FAE_INLINE Reg load_chunk(const S* key, int64_t n) {
     if constexpr (P::kPair == 2) return kWhole ? P::load(key) : P::load_pairs(key, int(n));
@@ -220,11 +220,7 @@ class Direct {
   static FAE_INLINE void add_chunk(const Operand* q, const S* const* key, int64_t c, int64_t n, Reg* acc) {
     Reg column[kKeys];
 #pragma GCC unroll 2
-    for (int k = 0; k < kKeys; ++k) {
-      if constexpr (P::kPair == 2)
-        column[k] = kWhole ? P::load(key[k] + c) : P::load_pairs(key[k] + c, int(n));
-      else column[k] = kWhole ? V::load(key[k] + c) : V::load_n(key[k] + c, int(n));
-    }
+    for (int k = 0; k < kKeys; ++k) column[k] = load_chunk<kWhole>(key[k] + c, n);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const Reg row = P::load(q + r * kChunk);
@@ -310,7 +306,7 @@ class Direct {
 #pragma GCC unroll 8
     for (int j = 0; j < kVecs; j += P::kPair) {
       if constexpr (P::kPair == 1) {
-        column[j] = kWhole ? V::load(value + j * W) : V::load_n(value, lanes);
+        column[j] = load_chunk<kWhole>(value + j * W, lanes);
       } else {
         const S* const at = value + j * W;
         const Reg even = load_chunk<kWhole>(at, lanes);
