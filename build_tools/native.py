@@ -48,7 +48,7 @@ LINK_FLAGS = ["-shared", "-pthread", f"-Wl,--version-script={EXPORTS}", "-Wl,-z,
 
 # An ISA file sets its own target by pragma; only those of the machine's architecture compile.
 ISA_BY_MACHINE = {
-    "x86_64": ("scalar", "avx2", "avx512", "avx512bf16"),
+    "x86_64": ("scalar", "avx2", "avx512", "avx512bf16", "amx"),
     "aarch64": ("scalar", "neon"),
 }
 MACHINE_ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}

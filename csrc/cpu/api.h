@@ -11,7 +11,7 @@
 
 namespace fae::cpu {
 
-enum class Isa : uint8_t { kScalar, kAvx2, kAvx512, kAvx512Bf16, kNeon };
+enum class Isa : uint8_t { kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmx, kNeon };
 
 const char* name_of(Isa isa);
 // ISAs that this binary holds and this processor runs, best first.

@@ -1,6 +1,12 @@
 // Chooses the instruction set once, by what the processor reports.
 #include "cpu/dispatch.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -26,12 +32,25 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// Linux lets a process use tile registers once it has asked for them, as they make its threads' state larger.
+bool may_use_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+bool has_amx() {
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // in edx of leaf 7
+  unsigned a, b, c, d;
+  return has_avx512bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kBf16) != 0 &&
+         (d & kTile) != 0 && may_use_tiles();
+}
 #endif
 
 // Best first, so that a row's ISA includes those below it; a row stands here exactly when its
 // isa/*.cpp is part of the build.
 constexpr IsaRow kIsas[] = {
 #if defined(__x86_64__)
+    {Isa::kAmx, "amx", &has_amx, &amx_kernels},
     {Isa::kAvx512Bf16, "avx512bf16", &has_avx512bf16, &avx512bf16_kernels},
     {Isa::kAvx512, "avx512", &has_avx512, &avx512_kernels},
     {Isa::kAvx2, "avx2", &has_avx2, &avx2_kernels},
@@ -54,6 +73,7 @@ const char* name_of(Isa isa) {
     case Isa::kAvx2: return "avx2";
     case Isa::kAvx512: return "avx512";
     case Isa::kAvx512Bf16: return "avx512bf16";
+    case Isa::kAmx: return "amx";
     case Isa::kNeon: return "neon";
     default: return "scalar";
   }

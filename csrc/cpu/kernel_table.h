@@ -87,6 +87,7 @@ const KernelTable& scalar_kernels();
 const KernelTable& avx2_kernels();
 const KernelTable& avx512_kernels();
 const KernelTable& avx512bf16_kernels();
+const KernelTable& amx_kernels();
 const KernelTable& neon_kernels();
 
 }  // namespace fae::cpu

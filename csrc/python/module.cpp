@@ -46,7 +46,8 @@ std::vector<cpu::Isa> compiled_isas() {
   const std::string built = "," FAE_ISAS ",";
   std::vector<cpu::Isa> isas;
   for (const cpu::Isa isa :
-       {cpu::Isa::kScalar, cpu::Isa::kAvx2, cpu::Isa::kAvx512, cpu::Isa::kAvx512Bf16, cpu::Isa::kNeon}) {
+       {cpu::Isa::kScalar, cpu::Isa::kAvx2, cpu::Isa::kAvx512, cpu::Isa::kAvx512Bf16, cpu::Isa::kAmx,
+        cpu::Isa::kNeon}) {
     if (built.find("," + std::string(cpu::name_of(isa)) + ",") != std::string::npos) isas.push_back(isa);
   }
   return isas;

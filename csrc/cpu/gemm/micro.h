@@ -9,24 +9,6 @@
 
 namespace fae::cpu::FAE_ISA_NAMESPACE {
 
-enum class Update { kStore, kAdd, kScaleAdd };  // C = AB, C += AB, C = alpha[row] C + AB
-
-// One step of depth covers kPair contraction elements; a_depth and ldb are per step,
-// all strides count Operands (columns of B are kPair Operands wide when kPair > 1).
-template <class P>
-struct TileArgs {
-  using Real = typename P::Vec::Elem;
-  int64_t depth;
-  const typename P::Operand* a;
-  int64_t a_row;
-  int64_t a_depth;
-  const typename P::Operand* b;
-  int64_t ldb;
-  Real* c;
-  int64_t ldc;
-  const Real* alpha;
-};
-
 template <class P, Update kUpdate, int kRows, int kVecs>
 void tile_product(const TileArgs<P>& args) {
   using V = typename P::Vec;
@@ -74,33 +56,36 @@ void tile_product(const TileArgs<P>& args) {
 // All tile shapes up to the full one, as [rows - 1][vecs - 1].
 template <class P, Update kUpdate>
 struct TileTable {
-  using V = typename P::Vec;
   using Fn = void (*)(const TileArgs<P>&);
-  Fn fn[V::kTileRows][V::kTileVecs];
+  Fn fn[P::kTileRows][P::kTileVecs];
 
   template <int kRows, int kVecs>
   constexpr void fill() {
     fn[kRows - 1][kVecs - 1] = &tile_product<P, kUpdate, kRows, kVecs>;
     if constexpr (kVecs > 1) fill<kRows, kVecs - 1>();
-    else if constexpr (kRows > 1) fill<kRows - 1, V::kTileVecs>();
+    else if constexpr (kRows > 1) fill<kRows - 1, P::kTileVecs>();
   }
-  constexpr TileTable() : fn() { fill<V::kTileRows, V::kTileVecs>(); }
+  constexpr TileTable() : fn() { fill<P::kTileRows, P::kTileVecs>(); }
 };
 
 // Long sums are taken in pieces of P::kLongestSum steps: rounding errors of a running sum
 // grow with its length, those of a sum of sums far less.
 template <class P, Update kUpdate>
 FAE_INLINE void multiply_tile(int rows, int vecs, TileArgs<P> args) {
-  static constexpr TileTable<P, kUpdate> first{};
-  static constexpr TileTable<P, Update::kAdd> further{};
-  int64_t left = args.depth;
-  args.depth = left < P::kLongestSum ? left : P::kLongestSum;
-  first.fn[rows - 1][vecs - 1](args);
-  while ((left -= args.depth) > 0) {
-    args.a += args.depth * args.a_depth;
-    args.b += args.depth * args.ldb;
+  if constexpr (P::kTiles) {
+    P::template multiply<kUpdate>(rows, vecs, args);
+  } else {
+    static constexpr TileTable<P, kUpdate> first{};
+    static constexpr TileTable<P, Update::kAdd> further{};
+    int64_t left = args.depth;
     args.depth = left < P::kLongestSum ? left : P::kLongestSum;
-    further.fn[rows - 1][vecs - 1](args);
+    first.fn[rows - 1][vecs - 1](args);
+    while ((left -= args.depth) > 0) {
+      args.a += args.depth * args.a_depth;
+      args.b += args.depth * args.ldb;
+      args.depth = left < P::kLongestSum ? left : P::kLongestSum;
+      further.fn[rows - 1][vecs - 1](args);
+    }
   }
 }
 

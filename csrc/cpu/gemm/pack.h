@@ -1,7 +1,7 @@
 // From strided storage to the layouts that the micro-kernel reads.
 //
 // A panel is kPanel columns wide, zero-padded to whole vectors, and holds its depth
-// in steps of kPair elements: panel[depth / kPair][kPanel][kPair].
+// in steps of kPair elements: panel[depth / kPair][kPanel][kPair], zero-padded to kDepth elements.
 #pragma once
 
 #include "cpu/gemm/product.h"
@@ -9,14 +9,21 @@
 namespace fae::cpu::FAE_ISA_NAMESPACE {
 
 template <class P>
-constexpr int64_t kPanel = int64_t(P::Vec::kTileVecs) * P::Vec::kWidth;
+constexpr int64_t kPanel = int64_t(P::kTileVecs) * P::Vec::kWidth;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Scores of so many keys come together: whole vectors, that are whole steps of the products that follow.
+template <class P>
+constexpr int64_t kColumns = P::Vec::kWidth > P::kDepth ? P::Vec::kWidth : P::kDepth;
+
+template <class P>
+constexpr int64_t depth_steps(int64_t depth) { return round_up(depth, P::kDepth) / P::kPair; }
 
 // Operands in the panels of `columns` columns and `depth` contraction elements.
 template <class P>
 constexpr int64_t panel_operands(int64_t columns, int64_t depth) {
-  return round_up(columns, kPanel<P>) * round_up(depth, P::kPair);
+  return round_up(columns, kPanel<P>) * round_up(depth, P::kDepth);
 }
 
 // Rows of a strided matrix as it lies in memory.
@@ -61,6 +68,18 @@ FAE_INLINE void store_row(S* p, int64_t stride, typename V::Reg r, int n) {
   for (int i = 0; i < n; ++i) p[i * stride] = lanes[i];
 }
 
+// One row of a result.
+template <class S>
+struct StoredRow {
+  S* data;
+  int64_t stride;
+  // A vector from column c on, but nothing past `columns`.
+  template <class V>
+  FAE_INLINE void store(int64_t c, int64_t columns, typename V::Reg r) const {
+    store_row<V>(data + c * stride, stride, r, int(columns - c < V::kWidth ? columns - c : V::kWidth));
+  }
+};
+
 // Watches what passes through a packing loop: x * 0 is NaN for NaN and infinities.
 template <class V>
 struct FiniteWatch {
@@ -95,14 +114,14 @@ FAE_INLINE typename P::Vec::Reg load_whole(const S* p) {
   else return P::Vec::load(p);
 }
 
-// src is n x depth; its rows become columns: dst[n / kPanel][depth / kPair][kPanel][kPair].
+// src is n x depth; its rows become columns: dst[n / kPanel][depth_steps][kPanel][kPair].
 template <class P, class S>
 void pack_transposed(SourceRows<S> src, int64_t n, int64_t depth, typename P::Operand* dst) {
   using V = typename P::Vec;
   using Reg = typename V::Reg;
   constexpr int W = V::kWidth;
   constexpr int64_t kStep = kPanel<P> * P::kPair;
-  const int64_t steps = round_up(depth, P::kPair) / P::kPair;
+  const int64_t steps = depth_steps<P>(depth);
   for (int64_t j = 0; j < n; j += W) {
     const int rows = int(n - j < W ? n - j : W);
     auto* panel = dst + (j / kPanel<P>)*steps * kStep + (j % kPanel<P>)*P::kPair;
@@ -153,7 +172,7 @@ bool pack_row_group(const SourceRows<S>* rows, int count, int64_t step, int64_t 
       for (; c + kPanel<P> <= n; c += kPanel<P>) {
         auto* const to = at(c);
 #pragma GCC unroll 4
-        for (int j = 0; j < V::kTileVecs; ++j) {
+        for (int j = 0; j < P::kTileVecs; ++j) {
           const auto x = V::load(rows[0].data + c + j * W);
           watch.see(x);
           P::store_lanes(to + j * W, x);
@@ -181,10 +200,12 @@ bool pack_row_group(const SourceRows<S>* rows, int count, int64_t step, int64_t 
   return finite && watch.all_finite();
 }
 
-// src is depth x n; its rows stay rows: dst[n / kPanel][depth / kPair][kPanel][kPair].
+// src is depth x n; its rows stay rows: dst[n / kPanel][depth_steps][kPanel][kPair].
 // Returns whether every element is finite.
 template <class P, class S>
 bool pack_rows(SourceRows<S> src, int64_t depth, int64_t n, typename P::Operand* dst) {
+  constexpr int64_t kStep = kPanel<P> * P::kPair;
+  const int64_t steps = depth_steps<P>(depth);
   bool finite = true;
   for (int64_t d = 0; d < depth; d += P::kPair) {
     SourceRows<S> rows[P::kPair];
@@ -193,17 +214,21 @@ bool pack_rows(SourceRows<S> src, int64_t depth, int64_t n, typename P::Operand*
       rows[i] = src.from_row(d + i);
       fetch_row(src, d + i + kRowsAhead, n);
     }
-    finite &= pack_row_group<P>(rows, count, d / P::kPair, round_up(depth, P::kPair) / P::kPair, n, dst);
+    finite &= pack_row_group<P>(rows, count, d / P::kPair, steps, n, dst);
+  }
+  for (int64_t step = (depth + P::kPair - 1) / P::kPair; step < steps; ++step) {
+    for (int64_t c = 0; c < n; c += kPanel<P>)
+      __builtin_memset(dst + (c / kPanel<P>*steps + step) * kStep, 0, size_t(kStep) * sizeof(*dst));
   }
   return finite;
 }
 
-// Row operands, n x depth: dst[n][round_up(depth, kPair)].
+// Row operands, n x depth: dst[n][round_up(depth, kDepth)].
 template <class P, class S>
 FAE_INLINE void pack_operand(SourceRows<S> src, int64_t n, int64_t depth, typename P::Operand* dst) {
   using V = typename P::Vec;
   constexpr int kPiece = V::kWidth * P::kPair;
-  const int64_t ld = round_up(depth, P::kPair);
+  const int64_t ld = round_up(depth, P::kDepth);
   for (int64_t r = 0; r < n; ++r) {
     for (int64_t d = 0; d < ld; d += kPiece) {
       const int columns = int(depth - d < kPiece ? depth - d : kPiece);
@@ -221,7 +246,7 @@ FAE_INLINE void pack_operand(SourceRows<S> src, int64_t n, int64_t depth, typena
 template <class P>
 void clear_packed_row(typename P::Operand* dst, int64_t depth, int64_t n, int64_t k) {
   constexpr int64_t kStep = kPanel<P> * P::kPair;
-  const int64_t steps = round_up(depth, P::kPair) / P::kPair;
+  const int64_t steps = depth_steps<P>(depth);
   for (int64_t c = 0; c < n; ++c) {
     dst[(c / kPanel<P>)*steps * kStep + (k / P::kPair) * kStep + (c % kPanel<P>)*P::kPair + k % P::kPair] =
         {};

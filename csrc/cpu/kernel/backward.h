@@ -4,9 +4,9 @@
 // of keys. dQ rows belong to one chunk; dK and dV of a block are summed over chunks.
 #pragma once
 
+#include "cpu/kernel/key_sums.h"
 #include "cpu/kernel/score_grad.h"
 #include "cpu/kernel/softmax_tile.h"
-#include "cpu/kernel/special_rows.h"
 
 namespace fae::cpu::FAE_ISA_NAMESPACE {
 
@@ -22,12 +22,12 @@ class Backward : private ScoreGrad<P, S> {
   using Base::k_begin_, Base::k_end_, Base::row_begin_, Base::sequence_;
 
  public:
-  Backward(const BackwardCall& call, const Plan& plan, std::byte* base) : Base(call, plan, base) {
+  Backward(const BackwardCall& call, const Plan& plan, std::byte* base)
+      : Base(call, plan, base), dk_sums_(p_.dim, plan.block_kv), dv_sums_(p_.dim_v, plan.block_kv) {
     dim_padded_ = round_up(p_.dim, V::kWidth);
-    dim_v_padded_ = round_up(p_.dim_v, V::kWidth);
     k_rows_ = arena_.template take<Operand>(panel_operands<P>(p_.dim, plan.block_kv));
-    q_rows_ = arena_.template take<Operand>(panel_operands<P>(p_.dim, plan.block_q));
-    dout_rows_ = arena_.template take<Operand>(panel_operands<P>(p_.dim_v, plan.block_q));
+    q_rows_ = arena_.template take<Operand>(dk_sums_.row_operands(plan.block_q));
+    dout_rows_ = arena_.template take<Operand>(dv_sums_.row_operands(plan.block_q));
     probabilities_ = arena_.template take<Operand>(plan.block_q * plan.block_kv);
     gradients_ = arena_.template take<Operand>(plan.block_q * plan.block_kv);
     if (P::kPair > 1) {
@@ -43,9 +43,9 @@ class Backward : private ScoreGrad<P, S> {
   }
   size_t bytes() const { return arena_.used(); }
 
-  // Elements of one block's dK and dV sums, [block_kv][dim] then [block_kv][dim_v], padded.
+  // Elements of one block's dK sums, then its dV sums; see KeySums.
   static int64_t dkv_size(const Problem& p, const Plan& plan) {
-    return plan.block_kv * (round_up(p.dim, V::kWidth) + round_up(p.dim_v, V::kWidth));
+    return KeySums<P, S>(p.dim, plan.block_kv).size() + KeySums<P, S>(p.dim_v, plan.block_kv).size();
   }
   // Elements of one K/V head's dQ sums, [packed_rows][dim] padded, of its rows' delta, and of their terms of
   // the gradient of ALiBi's slopes.
@@ -140,9 +140,9 @@ class Backward : private ScoreGrad<P, S> {
   void accumulate_rows(int64_t begin, int64_t end) {
     const int64_t n = end - begin;
     this->load_rows(begin, end, delta() + begin);
-    special_queries_ = pack_row_panels(p_.q, begin, n, p_.dim, q_rows_, special_ + plan_.block_kv);
-    special_douts_ = pack_row_panels(call_.dout, begin, n, p_.dim_v, dout_rows_,
-                                     special_ + plan_.block_kv + plan_.block_q);
+    special_queries_ = pack_rows_of(p_.q, begin, n, p_.dim, dk_sums_, q_rows_, special_ + plan_.block_kv);
+    special_douts_ = pack_rows_of(call_.dout, begin, n, p_.dim_v, dv_sums_, dout_rows_,
+                                  special_ + plan_.block_kv + plan_.block_q);
     KeyRange used{plan_.block_kv, 0};  // columns of the block that some row sees
     for (int64_t r = 0; r < n; r += kRows) {
       const int rows = int(n - r < kRows ? n - r : kRows);
@@ -174,44 +174,38 @@ class Backward : private ScoreGrad<P, S> {
       if (special_keys_) add_special_keys(begin + r, rows, row_gradients);
     }
     if (used.empty()) return;
-    add_to_keys(used, begin, n, gradients_, q_rows_, dim_padded_, dkv_);
-    add_to_keys(used, begin, n, probabilities_, dout_rows_, dim_v_padded_,
-                dkv_ + plan_.block_kv * dim_padded_);
+    add_to_keys(used, begin, n, dk_sums_, gradients_, q_rows_, dkv_);
+    add_to_keys(used, begin, n, dv_sums_, probabilities_, dout_rows_, dkv_ + dk_sums_.size());
     if (special_queries_) {
-      add_special_queries(p_.q, begin, used, special_ + plan_.block_kv, special_queries_, gradients_, p_.dim,
-                          dim_padded_, dkv_);
+      add_special_queries(p_.q, begin, used, special_ + plan_.block_kv, special_queries_, dk_sums_, gradients_,
+                          dkv_);
     }
     if (special_douts_) {
       add_special_queries(call_.dout, begin, used, special_ + plan_.block_kv + plan_.block_q, special_douts_,
-                          probabilities_, p_.dim_v, dim_v_padded_, dkv_ + plan_.block_kv * dim_padded_);
+                          dv_sums_, probabilities_, dkv_ + dk_sums_.size());
     }
   }
 
-  // Packs query rows [begin, begin + n) of x as panels; returns the number of special rows.
-  int64_t pack_row_panels(const View4& x, int64_t begin, int64_t n, int64_t columns, Operand* dst,
-                          int64_t* special) {
-    bool finite = true;
-    for (int64_t r = 0; r < n; r += P::kPair) {
-      const int count = int(n - r < P::kPair ? n - r : P::kPair);
-      SourceRows<S> rows[P::kPair];
-      for (int i = 0; i < count; ++i) rows[i] = this->query_of(x, begin + r + i);
-      finite &= pack_row_group<P>(rows, count, r / P::kPair, round_up(n, P::kPair) / P::kPair, columns, dst);
-    }
+  // Packs query rows [begin, begin + n) of x for `sums`; returns the number of special rows.
+  int64_t pack_rows_of(const View4& x, int64_t begin, int64_t n, int64_t columns, const KeySums<P, S>& sums,
+                       Operand* dst, int64_t* special) {
+    const bool finite = sums.pack([&](int64_t r) { return this->query_of(x, begin + r); }, n, dst);
     int64_t found = 0;
     for (int64_t r = 0; !finite && r < n; ++r) {
       int64_t index;
       if (find_special_rows(this->query_of(x, begin + r), 1, columns, &index) == 0) continue;
-      clear_packed_row<P>(dst, n, columns, r);
+      sums.clear_row(dst, n, r);
       special[found++] = r;
     }
     return found;
   }
 
-  // Zeroes what compute_tile left unwritten of the columns that dK and dV will read:
-  // add_to_keys leaves out rows by the band, whole register tiles and pairs of rows at a
-  // time, so a row is read up to two tiles past the keys that it sees. Returns those columns.
+  // Zeroes what compute_tile left unwritten of the columns that dK and dV will read: add_to_keys
+  // leaves out rows by the band, for some keys and whole steps of rows at a time, so a row is read
+  // that much past the keys that it sees. Returns those columns.
   KeyRange clear_outside(int rows, Real* s, Real* ds, bool seen, const TileRange& range) {
-    constexpr int64_t kMargin = (2 * kRows + V::kWidth - 1) / V::kWidth * V::kWidth;
+    constexpr int64_t kSteps = P::kDepth > kRows ? P::kDepth : kRows;
+    constexpr int64_t kMargin = round_up(KeySums<P, S>::kKeys + kSteps, V::kWidth);
     const int64_t after = range.first + range.columns;
     KeyRange read{0, plan_.block_kv};
     // The bands of rows say nothing of where masks have cut them off.
@@ -228,9 +222,14 @@ class Backward : private ScoreGrad<P, S> {
   }
 
   // The given columns of P and dS of a tile as operands: [row pair][key][2] for dV and dK,
-  // [row][key] for dQ.
+  // [row][key] for dQ. Rows up to a whole step of dV's and dK's products are 0.
   void interleave_tile(int64_t r, int rows, const KeyRange& columns) {
     const int64_t ld = plan_.block_kv;
+    for (int i = rows + rows % 2; i < round_up(rows, P::kDepth); i += 2) {
+      for (Operand* weights : {probabilities_, gradients_})
+        __builtin_memset(weights + (r + i) * ld + 2 * columns.begin, 0,
+                         size_t(columns.end - columns.begin) * 2 * sizeof(Operand));
+    }
     for (int i = 0; i < rows; i += 2) {
       const bool odd = i + 1 < rows;
       Operand* p = probabilities_ + (r + i) * ld;
@@ -249,8 +248,7 @@ class Backward : private ScoreGrad<P, S> {
 
   // dQ[rows] += dS K
   void add_to_queries(int64_t row, int rows, const Operand* gradients, const TileRange& range) {
-    const int64_t steps = round_up(range.keys, P::kPair) / P::kPair;
-    const int64_t block_steps = round_up(k_end_ - k_begin_, P::kPair) / P::kPair;
+    const int64_t steps = depth_steps<P>(range.keys), block_steps = depth_steps<P>(k_end_ - k_begin_);
     for (int64_t c = 0; c < dim_padded_; c += kPanel<P>) {
       multiply_tile<P, Update::kAdd>(
           rows, vectors_in(dim_padded_ - c),
@@ -260,27 +258,18 @@ class Backward : private ScoreGrad<P, S> {
     }
   }
 
-  // sums[key] += weights^T rows for the used keys; weights is [steps][block_kv][kPair].
-  // Rows that see none of a tile's keys hold zeros there and are left out.
-  void add_to_keys(const KeyRange& used, int64_t row_begin, int64_t row_count, const Operand* weights,
-                   const Operand* rows, int64_t columns, Real* sums) {
-    const int64_t steps = round_up(row_count, P::kPair) / P::kPair;
-    for (int64_t key = used.begin; key < used.end; key += kRows) {
-      const int keys = int(used.end - key < kRows ? used.end - key : kRows);
+  // sums[key] += weights^T rows for the used keys. Rows that see none of some keys hold zeros there and are
+  // left out.
+  void add_to_keys(const KeyRange& used, int64_t row_begin, int64_t row_count, const KeySums<P, S>& key_sums,
+                   const Operand* weights, const Operand* rows, Real* sums) {
+    for (int64_t key = used.begin; key < used.end; key += key_sums.kKeys) {
+      const int keys = int(used.end - key < key_sums.kKeys ? used.end - key : key_sums.kKeys);
       const KeyRange queries =
           seeing_queries(sequence_.band, sequence_.seq_q, k_begin_ + key, k_begin_ + key + keys);
       const int64_t begin = queries.begin * p_.group() - row_begin,
                     end = queries.end * p_.group() - row_begin;
-      const int64_t first = begin > 0 ? begin / P::kPair : 0;
-      const int64_t last = end < row_count ? round_up(end, P::kPair) / P::kPair : steps;
-      if (first >= last) continue;
-      for (int64_t c = 0; c < columns; c += kPanel<P>) {
-        multiply_tile<P, Update::kAdd>(
-            keys, vectors_in(columns - c),
-            {last - first, weights + (first * plan_.block_kv + key) * P::kPair, P::kPair,
-             plan_.block_kv * P::kPair, rows + (c / kPanel<P> * steps + first) * kStep, kStep,
-             sums + key * columns + c, columns, nullptr});
-      }
+      const int64_t first = begin > 0 ? begin : 0, last = end < row_count ? end : row_count;
+      if (first < last) key_sums.add(key, keys, first, last, weights, rows, row_count, sums);
     }
   }
   static int vectors_in(int64_t columns) {
@@ -308,14 +297,12 @@ class Backward : private ScoreGrad<P, S> {
   }
 
   void add_special_queries(const View4& x, int64_t begin, const KeyRange& used, const int64_t* special,
-                           int64_t count, const Operand* weights, int64_t columns, int64_t padded,
-                           Real* sums) {
+                           int64_t count, const KeySums<P, S>& key_sums, const Operand* weights, Real* sums) {
     for (int64_t i = 0; i < count; ++i) {
       const SourceRows<S> row = this->query_of(x, begin + special[i]);
       for (int64_t key = used.begin; key < used.end; ++key) {
         if (!sees(begin + special[i], k_begin_ + key)) continue;
-        add_special_row(weight_at(weights, special[i], key), row.data, row.column, columns,
-                        sums + key * padded);
+        key_sums.add_special(key, weight_at(weights, special[i], key), row, sums);
       }
     }
   }
@@ -325,9 +312,10 @@ class Backward : private ScoreGrad<P, S> {
     const typename V::Reg scale = V::set1(Real(p_.score.scale));
     for (int64_t row = chunk_begin_; row < chunk_end_; ++row) {
       const RowRef at = this->ref(row);
-      S* dst = static_cast<S*>(call_.dq.data) +
-               call_.dq.offset(this->b_, at.head, sequence_.first_query + at.query);
-      store_scaled(dst, call_.dq.stride[3], dq_ + row * dim_padded_, p_.dim, scale);
+      const StoredRow<S> to = gradient_row(call_.dq, at.head, sequence_.first_query + at.query);
+      for (int64_t c = 0; c < p_.dim; c += V::kWidth) {
+        to.template store<V>(c, p_.dim, V::mul(V::load(dq_ + row * dim_padded_ + c), scale));
+      }
       if (alibi_terms()) {
         static_cast<Real*>(call_.dalibi_rows.data)[this->flat_index(call_.dalibi_rows, row)] =
             -alibi_terms()[row];
@@ -360,31 +348,25 @@ class Backward : private ScoreGrad<P, S> {
   // P carries no factor of dropout, so dV gets it here.
   void store_keys(int64_t k, const Real* dkv) {
     const int64_t left = sequence_.seq_kv - k, n = left < plan_.block_kv ? left : plan_.block_kv;
-    const typename V::Reg scale = V::set1(Real(p_.score.scale)), kept = V::set1(Real(p_.dropout.keep_scale));
-    for (int64_t j = 0; j < n; ++j) {
-      const int64_t key = sequence_.first_key + k + j;
-      S* dk = static_cast<S*>(call_.dk.data) + call_.dk.offset(this->b_, this->head_kv_, key);
-      S* dv = static_cast<S*>(call_.dv.data) + call_.dv.offset(this->b_, this->head_kv_, key);
-      store_scaled(dk, call_.dk.stride[3], dkv + j * dim_padded_, p_.dim, scale);
-      store_scaled(dv, call_.dv.stride[3], dkv + plan_.block_kv * dim_padded_ + j * dim_v_padded_, p_.dim_v,
-                   kept);
-    }
+    const int64_t first = sequence_.first_key + k;
+    dk_sums_.store(n, V::set1(Real(p_.score.scale)), dkv,
+                   [&](int64_t key) { return gradient_row(call_.dk, this->head_kv_, first + key); });
+    dv_sums_.store(n, V::set1(Real(p_.dropout.keep_scale)), dkv + dk_sums_.size(),
+                   [&](int64_t key) { return gradient_row(call_.dv, this->head_kv_, first + key); });
   }
 
-  static void store_scaled(S* dst, int64_t stride, const Real* src, int64_t columns, typename V::Reg scale) {
-    for (int64_t c = 0; c < columns; c += V::kWidth) {
-      store_row<V>(dst + c * stride, stride, V::mul(V::load(src + c), scale),
-                   int(columns - c < V::kWidth ? columns - c : V::kWidth));
-    }
+  StoredRow<S> gradient_row(const View4& x, int64_t head, int64_t row) const {
+    return {static_cast<S*>(x.data) + x.offset(this->b_, head, row), x.stride[3]};
   }
 
-  int64_t dim_padded_, dim_v_padded_;
+  const KeySums<P, S> dk_sums_, dv_sums_;
+  int64_t dim_padded_;
   int64_t chunk_begin_ = 0, chunk_end_ = 0;
   Real* dq_ = nullptr;      // [packed_rows][dim_padded], then delta and terms of ALiBi [packed_rows]
-  Real* dkv_ = nullptr;     // [block_kv][dim_padded], then [block_kv][dim_v_padded]
+  Real* dkv_ = nullptr;     // sums of dK, then of dV
   Operand* k_rows_;         // panels of dim columns, depth block_kv
-  Operand* q_rows_;         // panels of dim columns, depth block_q
-  Operand* dout_rows_;      // panels of dim_v columns, depth block_q
+  Operand* q_rows_;         // [block_q], packed for dk_sums_
+  Operand* dout_rows_;      // [block_q], packed for dv_sums_
   Operand* probabilities_;  // [block_q / kPair][block_kv][kPair]
   Operand* gradients_;      // same
   Real* tile_s_ = nullptr;  // [kRows][block_kv], where operands are narrower than scores

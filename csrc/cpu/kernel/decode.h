@@ -158,7 +158,7 @@ class Decode : private ForwardRows<P, S> {
     finish_scores<V>(p_, sequence_, partial, mask, tile, scratch_);
     Real alpha[kDirectRows];
     for (int i = 0; i < rows; ++i) {
-      alpha[i] = this->softmax(i, refs[i], mask.begin, keys, scores_ + i * ld, weights_ + i * ld);
+      alpha[i] = this->softmax(i, refs[i], mask.begin, columns, scores_ + i * ld, weights_ + i * ld);
     }
     if (skips_hidden_) return accumulate_visible(refs, rows, alpha, tile);
     if (by_page(mask.begin)) {

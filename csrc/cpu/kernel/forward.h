@@ -18,13 +18,13 @@ class Forward : private ForwardRows<P, S> {
       Base::dim_v_padded_;
   using Base::b_, Base::head_kv_, Base::row_begin_, Base::row_end_, Base::sequence_;
   using Base::q_, Base::acc_, Base::max_, Base::sum_, Base::scratch_, Base::keep_;
-  static constexpr int kRows = V::kTileRows;
+  static constexpr int kRows = P::kTileRows;
   static constexpr int64_t kStep = kPanel<P> * P::kPair;
 
  public:
   // Lays out one worker's memory; with a null base it only measures.
   Forward(const ForwardCall& call, const Plan& plan, std::byte* base)
-      : Base(call, plan, base, round_up(call.problem.dim, P::kPair)) {
+      : Base(call, plan, base, round_up(call.problem.dim, P::kDepth)) {
     k_ = arena_.template take<Operand>(panel_operands<P>(plan.block_kv, p_.dim));
     v_ = arena_.template take<Operand>(panel_operands<P>(p_.dim_v, plan.block_kv));
     scores_ = arena_.template take<Real>(kRows * plan.block_kv);
@@ -87,7 +87,7 @@ class Forward : private ForwardRows<P, S> {
     // Whole panels from the first that anything sees, whole vectors at the end.
     const int64_t first = (mask.begin - k_begin) / kPanel<P> * kPanel<P>;
     const int64_t keys = mask.end - k_begin - first;
-    const int64_t columns = round_up(keys, V::kWidth);
+    const int64_t columns = round_up(keys, kColumns<P>);
     const int64_t depth = dim_padded_ / P::kPair;
     for (int64_t c = 0; c < columns; c += kPanel<P>) {
       const int vecs = int((columns - c < kPanel<P> ? columns - c : kPanel<P>) / V::kWidth);
@@ -107,12 +107,11 @@ class Forward : private ForwardRows<P, S> {
     if constexpr (P::kPair > 1) probabilities = probabilities_;
     else probabilities = scores_;
     for (int i = 0; i < rows; ++i) {
-      alpha[i] = this->softmax(row + i, refs[i], tile.k_begin, keys, scores_ + i * plan_.block_kv,
+      alpha[i] = this->softmax(row + i, refs[i], tile.k_begin, columns, scores_ + i * plan_.block_kv,
                                probabilities + i * plan_.block_kv);
     }
 
-    const int64_t steps = round_up(keys, P::kPair) / P::kPair;
-    const int64_t block_steps = round_up(block_keys_, P::kPair) / P::kPair;
+    const int64_t steps = depth_steps<P>(keys), block_steps = depth_steps<P>(block_keys_);
     for (int64_t c = 0; c < dim_v_padded_; c += kPanel<P>) {
       const int vecs = int((dim_v_padded_ - c < kPanel<P> ? dim_v_padded_ - c : kPanel<P>) / V::kWidth);
       multiply_tile<P, Update::kScaleAdd>(rows, vecs,

@@ -108,7 +108,7 @@ class ForwardRows {
 
   // with_sinks: a sink is there before any key, and has no value.
   void load_queries(bool with_sinks) {
-    const int64_t n = row_end_ - row_begin_, packed = round_up(p_.dim, P::kPair);
+    const int64_t n = row_end_ - row_begin_, packed = round_up(p_.dim, P::kDepth);
     for (int64_t i = 0; i < n; ++i) {
       const RowRef ref = row_ref(row_begin_ + i, head_kv_, group_);
       Operand* const q = q_ + i * dim_padded_;
@@ -122,13 +122,12 @@ class ForwardRows {
     for (int64_t i = 0; i < n * dim_v_padded_; ++i) acc_[i] = 0;
   }
 
-  // softmax_row() of row i of the task, against `keys` keys from k_begin on. The sum is of all
+  // softmax_row() of row i of the task, against keys from k_begin on. The sum is of all
   // probabilities; what dropout keeps is scaled with it, at the end.
-  Real softmax(int64_t i, const RowRef& ref, int64_t k_begin, int64_t keys, const Real* s, Operand* p) {
-    const int64_t columns = round_up(keys, V::kWidth);
+  Real softmax(int64_t i, const RowRef& ref, int64_t k_begin, int64_t columns, const Real* s, Operand* p) {
     if (!keep_) return softmax_row<P>(s, columns, scale_.exponent_scale, max_ + i, sum_ + i, p);
     DropoutRow<typename V::Words>(p_.dropout, dropout_key_)
-        .factors(b_, ref.head, ref.query, k_begin, keys, keep_);
+        .factors(b_, ref.head, ref.query, k_begin, columns, keep_);
     return softmax_row<P, true>(s, columns, scale_.exponent_scale, max_ + i, sum_ + i, p, keep_);
   }
 

@@ -79,7 +79,7 @@ class ScoreGrad {
   using Real = typename V::Elem;
   using Operand = typename P::Operand;
   using Lse = typename LseType<S>::Type;
-  static constexpr int kRows = V::kTileRows;
+  static constexpr int kRows = P::kTileRows;
   static constexpr int64_t kStep = kPanel<P> * P::kPair;
 
   // The keys of a register tile that its rows may see: columns [first, first + keys) of
@@ -99,8 +99,8 @@ class ScoreGrad {
 
   ScoreGrad(const BackwardCall& call, const Plan& plan, std::byte* base)
       : call_(call), p_(call.problem), plan_(plan), scale_(call.problem.score), arena_(base) {
-    dim_operand_ = round_up(p_.dim, plan.direct ? Direct<P, S>::kChunk : P::kPair);
-    dim_v_operand_ = round_up(p_.dim_v, P::kPair);
+    dim_operand_ = round_up(p_.dim, plan.direct ? Direct<P, S>::kChunk : P::kDepth);
+    dim_v_operand_ = round_up(p_.dim_v, P::kDepth);
     k_columns_ = arena_.take<Operand>(panel_operands<P>(plan.block_kv, p_.dim));
     v_columns_ = arena_.take<Operand>(panel_operands<P>(plan.block_kv, p_.dim_v));
     q_ = arena_.take<Operand>(plan.block_q * dim_operand_);
@@ -218,7 +218,7 @@ class ScoreGrad {
     if (mask.skip()) return false;
     const int64_t first = (mask.begin - k_begin_) / kPanel<P> * kPanel<P>;
     const int64_t keys = mask.end - k_begin_ - first;
-    const int64_t columns = round_up(keys, V::kWidth);
+    const int64_t columns = round_up(keys, kColumns<P>);
     *range = {first, keys, columns, mask.narrowed};
     // By the very product of the forward pass: P adds up to 1 although both are rounded.
     if (plan_.direct) {
@@ -311,7 +311,7 @@ class ScoreGrad {
     }
     for (int64_t row = begin; row < end; ++row, room += padded) {
       pack_operand<P>(query_of(x, row), 1, columns, room);
-      for (int64_t c = round_up(columns, P::kPair); c < padded; ++c) room[c] = Operand{};
+      for (int64_t c = round_up(columns, P::kDepth); c < padded; ++c) room[c] = Operand{};
     }
     return {room - (end - begin) * padded, padded};
   }

@@ -17,8 +17,9 @@ size_t forward_workspace(const ForwardCall& call, const Plan& plan) {
 template <class P, class S>
 void forward_task(const ForwardCall& call, const Plan& plan, int64_t task, std::byte* parts,
                   std::byte* workspace) {
-  if (plan.direct) Decode<P, S>(call, plan, workspace).run(task, parts);
-  else Forward<P, S>(call, plan, workspace).run(task);
+  if (plan.direct) return Decode<P, S>(call, plan, workspace).run(task, parts);
+  const typename P::Session session;
+  Forward<P, S>(call, plan, workspace).run(task);
 }
 
 template <class P, class S>
@@ -32,10 +33,12 @@ struct BackwardFunctions {
     return size_t(Backward<P, S>::dkv_size(p, plan)) * sizeof(Real);
   }
   static void run_head(const BackwardCall& call, const Plan& plan, int64_t unit, std::byte* workspace) {
+    const typename P::Session session;
     Backward<P, S>(call, plan, workspace).run_head(unit);
   }
   static bool run_chunk(const BackwardCall& call, const Plan& plan, int64_t unit, int64_t chunk, int64_t k,
                         std::byte* dq, std::byte* workspace) {
+    const typename P::Session session;
     return Backward<P, S>(call, plan, workspace).run_chunk(unit, chunk, k, reinterpret_cast<Real*>(dq));
   }
   static void merge_keys(const BackwardCall& call, const Plan& plan, int64_t unit, int64_t chunk, int64_t k,
@@ -53,6 +56,7 @@ struct BiasGradFunctions {
     return BiasGrad<P, S>::tasks(call, plan);
   }
   static void run(const BackwardCall& call, const Plan& plan, int64_t task, std::byte* workspace) {
+    const typename P::Session session;
     BiasGrad<P, S>(call, plan, workspace).run(task);
   }
 };
@@ -65,6 +69,7 @@ struct LogSumFunctions {
   }
   static int64_t tasks(const BackwardCall& call, const Plan& plan) { return LogSum<P, S>::tasks(call, plan); }
   static void run(const BackwardCall& call, const Plan& plan, int64_t task, std::byte* workspace) {
+    const typename P::Session session;
     LogSum<P, S>(call, plan, workspace).run(task);
   }
 };
@@ -76,7 +81,7 @@ constexpr DTypeKernels dtype_kernels(const char* name) {
   using D = BiasGradFunctions<P, S>;
   using L = LogSumFunctions<P, S>;
   return {
-      {name, int(sizeof(typename P::Operand)), int(sizeof(typename V::Elem)), V::kTileRows, int(kPanel<P>)},
+      {name, int(sizeof(typename P::Operand)), int(sizeof(typename V::Elem)), P::kTileRows, int(kPanel<P>)},
       {&forward_workspace<P, S>, &forward_task<P, S>},
       {&B::workspace, &B::dq_bytes, &B::dkv_bytes, &B::run_head, &B::run_chunk, &B::merge_keys},
       {&D::workspace, &D::tasks, &D::run},

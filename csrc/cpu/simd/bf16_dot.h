@@ -1,6 +1,7 @@
 // AVX-512 BF16: a pair of products per lane and step (vdpbf16ps).
 #pragma once
 
+#include "cpu/gemm/product.h"
 #include "cpu/simd/vec_avx512.h"
 
 namespace fae::cpu::FAE_ISA_NAMESPACE {
@@ -10,6 +11,12 @@ struct Bf16DotProduct {
   using Operand = BFloat16;
   using Reg = __m512;  // 16 pairs, when it holds operands
   static constexpr int kPair = 2;
+  static constexpr int kDepth = 2;
+  static constexpr int kTileRows = F32::kTileRows, kTileVecs = F32::kTileVecs;
+  static constexpr bool kTiles = false;
+  struct Session {
+    FAE_INLINE Session() {}
+  };
   static constexpr int64_t kLongestSum = 1 << 20;  // operands are far coarser than the sum
 
   static FAE_INLINE Reg broadcast(const BFloat16* a) {

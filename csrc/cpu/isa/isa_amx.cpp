@@ -1,0 +1,20 @@
+// AMX's tiles of bf16; the other dtypes are left to AVX-512's kernels.
+#define FAE_ISA_NAMESPACE amx
+#include "cpu/isa/prologue.h"
+
+FAE_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16")
+
+#include "cpu/kernel/table.h"
+#include "cpu/simd/amx.h"
+
+namespace fae::cpu {
+
+const KernelTable& amx_kernels() {
+  using namespace amx;
+  static constexpr KernelTable table = {{{}, dtype_kernels<AmxProduct, BFloat16>("bf16_tiles"), {}, {}}};
+  return table;
+}
+
+}  // namespace fae::cpu
+
+FAE_TARGET_END
