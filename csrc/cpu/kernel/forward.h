@@ -20,6 +20,11 @@ class Forward : private ForwardRows<P, S> {
   using Base::q_, Base::acc_, Base::max_, Base::sum_, Base::scratch_, Base::keep_;
   static constexpr int kRows = P::kTileRows;
   static constexpr int64_t kStep = kPanel<P> * P::kPair;
+  // Whether probabilities take the place of their row's scores, of which narrower ones need a part only.
+  static constexpr bool kInPlace = P::kTiles || kSameType<Operand, Real>;
+  // Tile registers multiply so fast that storing scores shows: a block's keys are taken in parts whose scores
+  // stay in the first level of the cache until they are used.
+  static constexpr int64_t kPart = 3 * kPanel<P>;
 
  public:
   // Lays out one worker's memory; with a null base it only measures.
@@ -27,8 +32,10 @@ class Forward : private ForwardRows<P, S> {
       : Base(call, plan, base, round_up(call.problem.dim, P::kDepth)) {
     k_ = arena_.template take<Operand>(panel_operands<P>(plan.block_kv, p_.dim));
     v_ = arena_.template take<Operand>(panel_operands<P>(p_.dim_v, plan.block_kv));
-    scores_ = arena_.template take<Real>(kRows * plan.block_kv);
-    if (P::kPair > 1) probabilities_ = arena_.template take<Operand>(kRows * plan.block_kv);
+    score_ld_ = P::kTiles ? kPart + V::kWidth : plan.block_kv;  // no power of two: rows share the cache's sets
+    scores_ = arena_.template take<Real>(kRows * score_ld_);
+    if constexpr (kInPlace) weights_ = reinterpret_cast<Operand*>(scores_);
+    else weights_ = arena_.template take<Operand>(kRows * score_ld_);
     special_ = arena_.template take<int64_t>(plan.block_kv);
   }
   size_t bytes() const { return arena_.used(); }
@@ -84,54 +91,94 @@ class Forward : private ForwardRows<P, S> {
 
   // Rows [row, row + rows) of the task against the keys that `mask` leaves of the block at k_begin.
   void attend_tile(int64_t row, const RowRef* refs, int rows, int64_t k_begin, const TileMask& mask) {
-    // Whole panels from the first that anything sees, whole vectors at the end.
-    const int64_t first = (mask.begin - k_begin) / kPanel<P> * kPanel<P>;
-    const int64_t keys = mask.end - k_begin - first;
-    const int64_t columns = round_up(keys, kColumns<P>);
-    const int64_t depth = dim_padded_ / P::kPair;
-    for (int64_t c = 0; c < columns; c += kPanel<P>) {
-      const int vecs = int((columns - c < kPanel<P> ? columns - c : kPanel<P>) / V::kWidth);
-      multiply_tile<P, Update::kStore>(
-          rows, vecs,
-          {depth, q_ + row * dim_padded_, dim_padded_, P::kPair, k_ + (first + c) / kPanel<P> * depth * kStep,
-           kStep, scores_ + c, plan_.block_kv, nullptr});
+    if constexpr (P::kTiles) {
+      for (int64_t k = (mask.begin - k_begin) / kPart * kPart; k_begin + k < mask.end; k += kPart)
+        attend_part(row, refs, rows, k_begin, Part(mask, k_begin, k, k + kPart));
+    } else {
+      attend_part(row, refs, rows, k_begin, Part(mask, k_begin, 0, mask.end - k_begin));
     }
-
-    const ScoreTile<V> tile{scores_, plan_.block_kv, k_begin + first, keys, columns, b_, refs, rows};
-    const bool partial = classify(sequence_.band, sequence_.kv_length, refs[0].query,
-                                  refs[rows - 1].query + 1, tile.k_begin, mask.end) != TileClass::kFull;
-    finish_scores<V>(p_, sequence_, partial, mask, tile, scratch_);
-
-    Real alpha[kRows];
-    Operand* probabilities;
-    if constexpr (P::kPair > 1) probabilities = probabilities_;
-    else probabilities = scores_;
-    for (int i = 0; i < rows; ++i) {
-      alpha[i] = this->softmax(row + i, refs[i], tile.k_begin, columns, scores_ + i * plan_.block_kv,
-                               probabilities + i * plan_.block_kv);
-    }
-
-    const int64_t steps = depth_steps<P>(keys), block_steps = depth_steps<P>(block_keys_);
-    for (int64_t c = 0; c < dim_v_padded_; c += kPanel<P>) {
-      const int vecs = int((dim_v_padded_ - c < kPanel<P> ? dim_v_padded_ - c : kPanel<P>) / V::kWidth);
-      multiply_tile<P, Update::kScaleAdd>(rows, vecs,
-                                          {steps, probabilities, plan_.block_kv, P::kPair,
-                                           v_ + (c / kPanel<P> * block_steps + first / P::kPair) * kStep,
-                                           kStep, acc_ + row * dim_v_padded_ + c, dim_v_padded_, alpha});
-    }
-    if (special_count_) add_special_values(row, rows, refs, probabilities, k_begin, first, keys);
   }
 
-  void add_special_values(int64_t row, int rows, const RowRef* refs, const Operand* probabilities,
-                          int64_t k_begin, int64_t first, int64_t keys) {
+  // Keys [first, first + keys) of a block that some rows of a tile see: whole panels from the first on, whole
+  // vectors at the end.
+  struct Part {
+    TileMask mask;
+    int64_t first, keys, columns;
+    // Of `mask`, the keys in [begin, end) of the block at k_begin.
+    Part(const TileMask& tile, int64_t k_begin, int64_t begin, int64_t end) : mask(tile) {
+      if (mask.begin < k_begin + begin) mask.begin = k_begin + begin;
+      if (mask.end > k_begin + end) mask.end = k_begin + end;
+      first = (mask.begin - k_begin) / kPanel<P> * kPanel<P>;
+      keys = mask.end - k_begin - first;
+      columns = round_up(keys, kColumns<P>);
+    }
+  };
+
+  void attend_part(int64_t row, const RowRef* refs, int rows, int64_t k_begin, const Part& part) {
+    const int64_t depth = dim_padded_ / P::kPair;
+    for (int64_t c = 0; c < part.columns; c += kPanel<P>) {
+      multiply_tile<P, Update::kStore>(
+          rows, vectors_in(part.columns - c),
+          {depth, q_ + row * dim_padded_, dim_padded_, P::kPair,
+           k_ + (part.first + c) / kPanel<P> * depth * kStep, kStep, scores_ + c, score_ld_, nullptr});
+    }
+
+    const ScoreTile<V> tile{scores_, score_ld_, k_begin + part.first, part.keys, part.columns, b_, refs, rows};
+    const bool partial = classify(sequence_.band, sequence_.kv_length, refs[0].query,
+                                  refs[rows - 1].query + 1, tile.k_begin, part.mask.end) != TileClass::kFull;
+    finish_scores<V>(p_, sequence_, partial, part.mask, tile, scratch_);
+    Real alpha[kRows];
+    softmax_tile(row, tile, alpha);
+
+    const int64_t block_steps = depth_steps<P>(block_keys_);
+    for (int64_t c = 0; c < dim_v_padded_; c += kPanel<P>) {
+      multiply_tile<P, Update::kScaleAdd>(rows, vectors_in(dim_v_padded_ - c),
+                                          {depth_steps<P>(part.keys), weights_, weight_ld(), P::kPair,
+                                           v_ + (c / kPanel<P> * block_steps + part.first / P::kPair) * kStep,
+                                           kStep, acc_ + row * dim_v_padded_ + c, dim_v_padded_, alpha});
+    }
+    if (special_count_) add_special_values(part, row, refs, rows, k_begin);
+  }
+  static int vectors_in(int64_t columns) {
+    return int((columns < kPanel<P> ? columns : kPanel<P>) / V::kWidth);
+  }
+  int64_t weight_ld() const { return kInPlace ? score_ld_ * int64_t(sizeof(Real) / sizeof(Operand)) : score_ld_; }
+
+  // Scores of rows from `row` of the task on become weights; alpha: [kRows].
+  FAE_INLINE void softmax_tile(int64_t row, const ScoreTile<V>& tile, Real* alpha) {
+    if constexpr (P::kTiles) {
+      for (int first = 0; first < tile.row_count; first += V::kWidth) {
+        const int left = tile.row_count - first, rows = left < V::kWidth ? left : V::kWidth;
+        SoftmaxRows<P> softmax(tile.s + first * tile.ld, tile.ld, rows, tile.columns, scale_.exponent_scale,
+                               max_ + row + first, alpha + first);
+        for (int i = 0; i < rows; ++i) {
+          Operand* const weights = weights_ + (first + i) * weight_ld();
+          if (keep_) {
+            this->draw(tile.rows[first + i], tile.k_begin, tile.columns);
+            softmax.template exponentiate<true>(i, weights, keep_);
+          } else {
+            softmax.template exponentiate<false>(i, weights, nullptr);
+          }
+        }
+        softmax.finish(alpha + first, sum_ + row + first);
+      }
+    } else {
+      for (int i = 0; i < tile.row_count; ++i) {
+        alpha[i] = this->softmax(row + i, tile.rows[i], tile.k_begin, tile.columns, tile.s + i * tile.ld,
+                                 weights_ + i * weight_ld());
+      }
+    }
+  }
+
+  void add_special_values(const Part& part, int64_t row, const RowRef* refs, int rows, int64_t k_begin) {
     for (int64_t i = 0; i < special_count_; ++i) {
-      const int64_t key = k_begin + special_[i], j = special_[i] - first;
-      if (j < 0 || j >= keys) continue;
+      const int64_t key = k_begin + special_[i], j = special_[i] - part.first;
+      if (j < 0 || j >= part.keys) continue;
       const SourceRows<S> value = this->key_row(p_.v, key);
       for (int r = 0; r < rows; ++r) {
         if (!is_visible(p_, sequence_, b_, refs[r].head, refs[r].query, key)) continue;
-        add_special_row(Real(to_float(probabilities[r * plan_.block_kv + j])), value.data, value.column,
-                        p_.dim_v, acc_ + (row + r) * dim_v_padded_);
+        add_special_row(Real(to_float(weights_[r * weight_ld() + j])), value.data, value.column, p_.dim_v,
+                        acc_ + (row + r) * dim_v_padded_);
       }
     }
   }
@@ -143,8 +190,9 @@ class Forward : private ForwardRows<P, S> {
   int64_t* special_;  // [block_kv] keys whose value row is not finite
   int64_t special_count_ = 0;
   // One register tile.
-  Real* scores_;                      // [kRows][block_kv]
-  Operand* probabilities_ = nullptr;  // [kRows][block_kv] where operands are narrower than scores
+  int64_t score_ld_;
+  Real* scores_;      // [kRows][score_ld]
+  Operand* weights_;  // probabilities, [kRows][weight_ld()]
 };
 
 }  // namespace fae::cpu::FAE_ISA_NAMESPACE

@@ -122,12 +122,17 @@ class ForwardRows {
     for (int64_t i = 0; i < n * dim_v_padded_; ++i) acc_[i] = 0;
   }
 
+  // What dropout keeps of a row's keys, to keep_.
+  void draw(const RowRef& row, int64_t k_begin, int64_t columns) const {
+    DropoutRow<typename V::Words>(p_.dropout, dropout_key_)
+        .factors(b_, row.head, row.query, k_begin, columns, keep_);
+  }
+
   // softmax_row() of row i of the task, against keys from k_begin on. The sum is of all
   // probabilities; what dropout keeps is scaled with it, at the end.
   Real softmax(int64_t i, const RowRef& ref, int64_t k_begin, int64_t columns, const Real* s, Operand* p) {
     if (!keep_) return softmax_row<P>(s, columns, scale_.exponent_scale, max_ + i, sum_ + i, p);
-    DropoutRow<typename V::Words>(p_.dropout, dropout_key_)
-        .factors(b_, ref.head, ref.query, k_begin, columns, keep_);
+    draw(ref, k_begin, columns);
     return softmax_row<P, true>(s, columns, scale_.exponent_scale, max_ + i, sum_ + i, p, keep_);
   }
 

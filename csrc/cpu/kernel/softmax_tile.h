@@ -74,4 +74,75 @@ FAE_INLINE typename P::Vec::Elem softmax_row(const typename P::Vec::Elem* s, int
   return alpha;
 }
 
+// The same for up to kWidth rows side by side and an even number of vectors: what is taken across lanes is
+// taken for all rows at once, and exponentials come when the caller likes.
+template <class P>
+class SoftmaxRows {
+  using V = typename P::Vec;
+  using Reg = typename V::Reg;
+  using Real = typename V::Elem;
+  static constexpr int W = V::kWidth;
+
+ public:
+  // Reads scores [rows][ld] and the first `rows` of a whole vector of running maxima, which it updates; writes
+  // as many factors of what was summed up before.
+  FAE_INLINE SoftmaxRows(const Real* s, int64_t ld, int rows, int64_t columns, Real exponent_scale, Real* max,
+                         Real* alpha)
+      : s_(s), ld_(ld), columns_(columns), rows_(rows), scale_(exponent_scale) {
+    const Reg none = V::set1(Real(-__builtin_inf()));
+    for (int i = 0; i < rows; ++i) {
+      const Real* const row = s + i * ld;
+      Reg a = V::load(row), b = V::load(row + W);
+      for (int64_t j = 2 * W; j < columns; j += 2 * W) {
+        a = V::max(a, V::load(row + j));
+        b = V::max(b, V::load(row + j + W));
+      }
+      of_row_[i] = V::max(a, b);
+    }
+    for (int i = rows; i < W; ++i) of_row_[i] = none;
+    const Reg here = V::max_each(of_row_), before = V::load(max);
+    const Reg now = V::select(V::less(before, here), here, before);
+    const Reg shift = V::select(V::equal(now, none), V::zero(), now);
+    Reg factor = V::exp2(V::mul(V::sub(before, shift), V::set1(scale_)));
+    factor = V::select(V::equal(before, now), V::set1(Real(1)), factor);
+    factor = V::select(V::equal(before, none), V::zero(), factor);
+    V::store(shift_, shift);
+    V::store(max, now);
+    V::store(alpha, factor);
+  }
+
+  // Writes the exponentials of row i to p; with dropout 0 where keep is.
+  template <bool kDrops>
+  FAE_INLINE void exponentiate(int i, typename P::Operand* p, const Real* keep) {
+    const Real* const row = s_ + i * ld_;
+    const Reg shift = V::set1(shift_[i]), scale = V::set1(scale_);
+    const auto kept = [&](int64_t j, Reg x) {
+      return kDrops ? V::select(V::equal(V::load(keep + j), V::zero()), V::zero(), x) : x;
+    };
+    Reg total = V::zero(), other = V::zero();
+    for (int64_t j = 0; j < columns_; j += 2 * W) {
+      const Reg x = P::exp2(V::mul(V::sub(V::load(row + j), shift), scale));
+      const Reg y = P::exp2(V::mul(V::sub(V::load(row + j + W), shift), scale));
+      P::store_both(p + j, kept(j, x), kept(j + W, y));
+      total = V::add(total, x);
+      other = V::add(other, y);
+    }
+    of_row_[i] = V::add(total, other);
+  }
+
+  // Folds the sums of all rows, once each was exponentiated, into a whole vector of running sums.
+  FAE_INLINE void finish(const Real* alpha, Real* sum) {
+    for (int i = rows_; i < W; ++i) of_row_[i] = V::zero();
+    V::store(sum, V::fma(V::load(sum), V::load(alpha), V::reduce_each(of_row_)));
+  }
+
+ private:
+  const Real* s_;
+  int64_t ld_, columns_;
+  int rows_;
+  Real scale_;
+  Real shift_[W];
+  Reg of_row_[W];  // maxima, then sums, by lanes
+};
+
 }  // namespace fae::cpu::FAE_ISA_NAMESPACE

@@ -53,12 +53,17 @@ struct AmxProduct : Bf16DotProduct {
 
   // Rows whose factor is 1 stay as they are, which is most of them once a row has seen its largest score.
   static FAE_INLINE void scale_rows(int rows, int vecs, const TileArgs<AmxProduct>& args) {
-    for (int r = 0; r < rows; ++r) {
-      if (args.alpha[r] == 1) continue;
-      float* const c = args.c + r * args.ldc;
-      const Reg alpha = F32::set1(args.alpha[r]);
-      for (int j = 0; j < vecs * F32::kWidth; j += F32::kWidth)
-        F32::store(c + j, F32::mul(alpha, F32::load(c + j)));
+    for (int first = 0; first < rows; first += F32::kWidth) {
+      const int n = rows - first < F32::kWidth ? rows - first : F32::kWidth;
+      const Reg factors = F32::load_n(args.alpha + first, n);
+      unsigned left = unsigned(F32::first(n)) & ~unsigned(F32::equal(factors, F32::set1(1)));
+      for (; left; left &= left - 1) {
+        const int r = first + __builtin_ctz(left);
+        float* const c = args.c + r * args.ldc;
+        const Reg alpha = F32::set1(args.alpha[r]);
+        for (int j = 0; j < vecs * F32::kWidth; j += F32::kWidth)
+          F32::store(c + j, F32::mul(alpha, F32::load(c + j)));
+      }
     }
   }
 

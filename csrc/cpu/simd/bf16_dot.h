@@ -39,6 +39,9 @@ struct Bf16DotProduct {
   static FAE_INLINE void store(BFloat16* p, Reg r) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(r));
   }
+  static FAE_INLINE void store_both(BFloat16* p, Reg first, Reg second) {
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+  }
   // p[2 * lane] = even, p[2 * lane + 1] = odd
   static FAE_INLINE void store_interleaved(BFloat16* p, Reg even, Reg odd) {
     const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd, even);

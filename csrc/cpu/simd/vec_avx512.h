@@ -102,24 +102,27 @@ struct F32 {
   static FAE_INLINE float reduce_add(Reg r) { return _mm512_reduce_add_ps(r); }
 
   // The halves of a pair of registers come together by one shuffle and one or two blends.
-  static FAE_INLINE Reg reduce_each(const Reg* r) {
+  template <class Op>
+  static FAE_INLINE Reg combine_each(const Reg* r, Op&& op) {
     Reg half[8], quarter[4], eighth[2];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i)
-      half[i] = add(select(0xff00, r[i + 8], r[i]), _mm512_shuffle_f32x4(r[i], r[i + 8], 0x4e));
+      half[i] = op(select(0xff00, r[i + 8], r[i]), _mm512_shuffle_f32x4(r[i], r[i + 8], 0x4e));
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const Reg crossed = select(0xf0f0, half[i], half[i + 4]);
-      quarter[i] = add(select(0xf0f0, half[i + 4], half[i]), _mm512_shuffle_f32x4(crossed, crossed, 0xb1));
+      quarter[i] = op(select(0xf0f0, half[i + 4], half[i]), _mm512_shuffle_f32x4(crossed, crossed, 0xb1));
     }
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
-      eighth[i] = add(select(0xcccc, quarter[i + 2], quarter[i]),
-                      _mm512_shuffle_ps(quarter[i], quarter[i + 2], 0x4e));
+      eighth[i] = op(select(0xcccc, quarter[i + 2], quarter[i]),
+                     _mm512_shuffle_ps(quarter[i], quarter[i + 2], 0x4e));
     }
     const Reg odd = _mm512_permute_ps(select(0xaaaa, eighth[0], eighth[1]), 0xb1);
-    return add(select(0xaaaa, eighth[1], eighth[0]), odd);
+    return op(select(0xaaaa, eighth[1], eighth[0]), odd);
   }
+  static FAE_INLINE Reg reduce_each(const Reg* r) { return combine_each(r, add); }
+  static FAE_INLINE Reg max_each(const Reg* r) { return combine_each(r, max); }
 
   static FAE_INLINE void transpose(Reg* r) {
     Reg t[16];
