@@ -16,8 +16,8 @@ BACKWARD_FLOPS_FACTOR = 2.5
 
 SHORT_DTYPE = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Kernels with a dot instruction for a 16-bit type; all others compute in fp32.
-BF16_ISAS = ("avx512bf16",)
+# Kernels with products of bf16 itself; all others compute in fp32.
+BF16_ISAS = ("avx512bf16", "amx")
 
 
 @dataclass(frozen=True)

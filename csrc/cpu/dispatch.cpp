@@ -1,15 +1,11 @@
 // Chooses the instruction set once, by what the processor reports.
 #include "cpu/dispatch.h"
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+
+#include "cpu/tile_registers.h"
 
 namespace fae::cpu {
 namespace {
@@ -32,18 +28,7 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
-
-// Linux lets a process use tile registers once it has asked for them, as they make its threads' state larger.
-bool may_use_tiles() {
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-bool has_amx() {
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // in edx of leaf 7
-  unsigned a, b, c, d;
-  return has_avx512bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kBf16) != 0 &&
-         (d & kTile) != 0 && may_use_tiles();
-}
+bool has_amx() { return has_avx512bf16() && may_use_tile_registers(); }
 #endif
 
 // Best first, so that a row's ISA includes those below it; a row stands here exactly when its

@@ -30,8 +30,10 @@ template <class Real, class Operand, class S>
 void check_tiles(const ProductProbe<Real, Operand, S>& p) {
   SCOPED_TRACE(p.name);
   const int64_t ldb = p.panel * p.pair;
-  for (int64_t depth : {0, 1, 2, 7, 33}) {  // steps
+  const int64_t whole = p.depth / p.pair;
+  for (int64_t depth : {int64_t(0), whole, 2 * whole, 7 * whole, (32 + whole) / whole * whole}) {  // steps
     for (bool transposed : {false, true}) {
+      if (transposed && !p.strided) continue;
       for (int rows = 1; rows <= p.tile_rows; ++rows) {
         for (int vecs = 1; vecs <= p.tile_vecs; ++vecs) {
           const int columns = vecs * p.width;
@@ -95,7 +97,7 @@ void check_packed(const ProductProbe<Real, Operand, S>& p) {
     Guarded<S> q(size_t(m * depth)), k(size_t(n * depth));
     fill(q.data(), q.size(), 5);
     fill(k.data(), k.size(), 6);
-    const int64_t steps = (depth + p.pair - 1) / p.pair;
+    const int64_t steps = (depth + p.depth - 1) / p.depth * p.depth / p.pair;
     std::vector<Operand> a(size_t(m * steps * p.pair)), b(size_t(p.panel_operands(n, depth)));
     p.pack_operand(Source<S>{q.data(), depth, 1}, m, depth, a.data());
     p.pack_transposed(Source<S>{k.data(), depth, 1}, n, depth, b.data());

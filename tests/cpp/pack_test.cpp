@@ -36,10 +36,10 @@ struct Matrix {
   double value(int64_t r, int64_t c) { return to_float(at(r, c)); }
 };
 
-// Element (depth d, column c) of panels [columns / panel][depth / pair][panel][pair].
+// Element (depth d, column c) of panels [columns / panel][depth / pair, in whole steps of p.depth][panel][pair].
 template <class Probe>
 size_t panel_index(const Probe& p, int64_t depth, int64_t d, int64_t c) {
-  const int64_t steps = (depth + p.pair - 1) / p.pair;
+  const int64_t steps = (depth + p.depth - 1) / p.depth * p.depth / p.pair;
   return size_t(((c / p.panel * steps + d / p.pair) * p.panel + c % p.panel) * p.pair + d % p.pair);
 }
 
@@ -66,7 +66,7 @@ void check_transposed(const ProductProbe<Real, Operand, S>& p) {
     Guarded<Operand> packed(size_t(p.panel_operands(n, depth)));
     p.pack_transposed(m.source, n, depth, packed.data());
     for (int64_t c = 0; c < round_up(n, p.width); ++c) {
-      for (int64_t d = 0; d < round_up(depth, p.pair); ++d) {
+      for (int64_t d = 0; d < round_up(depth, p.depth); ++d) {
         const double wanted = c < n && d < depth ? m.value(c, d) : 0.0;
         ASSERT_EQ(double(to_float(packed[panel_index(p, depth, d, c)])), wanted)
             << n << 'x' << depth << ": " << c << ',' << d;
@@ -86,7 +86,7 @@ void check_rows(const ProductProbe<Real, Operand, S>& p) {
     Guarded<Operand> packed(size_t(p.panel_operands(n, depth)));
     ASSERT_TRUE(p.pack_rows(m.source, depth, n, packed.data()));
     for (int64_t c = 0; c < round_up(n, p.width); ++c) {
-      for (int64_t d = 0; d < round_up(depth, p.pair); ++d) {
+      for (int64_t d = 0; d < round_up(depth, p.depth); ++d) {
         const double wanted = c < n && d < depth ? m.value(d, c) : 0.0;
         ASSERT_EQ(double(to_float(packed[panel_index(p, depth, d, c)])), wanted)
             << n << 'x' << depth << ": " << c << ',' << d;
@@ -111,7 +111,7 @@ void check_operand(const ProductProbe<Real, Operand, S>& p) {
   SCOPED_TRACE(p.name);
   for_each_matrix(p, [&](int64_t n, int64_t depth, bool transposed) {
     Matrix<S> m(n, depth, transposed);
-    const int64_t ld = round_up(depth, p.pair);
+    const int64_t ld = round_up(depth, p.depth);
     Guarded<Operand> packed(size_t(n * ld));
     p.pack_operand(m.source, n, depth, packed.data());
     for (int64_t r = 0; r < n; ++r) {

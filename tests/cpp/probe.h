@@ -93,6 +93,9 @@ template <class Real, class Operand, class S>
 struct ProductProbe {
   const char* name;
   int width, tile_rows, tile_vecs, pair;
+  int depth;     // operands are padded to multiples of so many contraction elements
+  int columns;   // scores come in multiples of so many
+  bool strided;  // rows of A may have their elements apart
   int64_t panel;
   int64_t (*panel_operands)(int64_t columns, int64_t depth);
   void (*pack_transposed)(Source<S> src, int64_t n, int64_t depth, Operand* dst);
@@ -123,6 +126,7 @@ const IsaProbe& scalar_probe();
 const IsaProbe& avx2_probe();
 const IsaProbe& avx512_probe();
 const IsaProbe& avx512bf16_probe();
+const IsaProbe& amx_probe();
 const IsaProbe& neon_probe();
 
 inline const IsaProbe& probe_of(Isa isa) {
@@ -131,6 +135,7 @@ inline const IsaProbe& probe_of(Isa isa) {
     case Isa::kAvx2: return avx2_probe();
     case Isa::kAvx512: return avx512_probe();
     case Isa::kAvx512Bf16: return avx512bf16_probe();
+    case Isa::kAmx: return amx_probe();
 #elif defined(__aarch64__)
     case Isa::kNeon: return neon_probe();
 #endif

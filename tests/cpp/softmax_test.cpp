@@ -34,7 +34,7 @@ void check_row(const ProductProbe<Real, Operand, S>& p, double scale, int hidden
   std::vector<double> scores;
   std::vector<double> weights;  // as if the sum were never rescaled: exp(s - max so far)
   for (int piece = 0; piece < pieces; ++piece) {
-    const int64_t columns = p.width * int64_t(1 + random() % 7);
+    const int64_t columns = p.columns * int64_t(1 + random() % 7);
     std::vector<Real> s(static_cast<size_t>(columns));
     for (Real& x : s) {
       const bool hidden = hidden_every && random() % uint32_t(hidden_every) == 0;
@@ -83,7 +83,7 @@ TEST_P(Softmax, InPiecesIsTheWhole) {
 template <class Real, class Operand, class S>
 void check_specials(const ProductProbe<Real, Operand, S>& p) {
   SCOPED_TRACE(p.name);
-  const int64_t columns = 2 * p.width;
+  const int64_t columns = std::max(2 * p.width, p.columns);
   std::vector<Operand> out(static_cast<size_t>(columns));
   // A NaN in any lane, before or after finite pieces, makes the row's sum NaN for good.
   for (int64_t lane = 0; lane < columns; ++lane) {
@@ -119,14 +119,14 @@ void check_shift(const ProductProbe<Real, Operand, S>& p) {
   SCOPED_TRACE(p.name);
   std::mt19937 random(9);
   std::normal_distribution<double> normal(0, 3);
-  for (int64_t columns = p.width; columns <= 5 * p.width; columns += p.width) {
+  for (int64_t columns = p.columns; columns <= 5 * p.columns; columns += p.columns) {
     std::vector<Real> s(static_cast<size_t>(columns));
     for (Real& x : s) x = Real(normal(random));
     std::vector<Operand> out(size_t(columns + 2 * p.panel));
     Real max = -kInf<Real>, sum = 0;
     p.softmax_row(s.data(), columns, Real(kLog2E), &max, &sum, out.data());
     for (int64_t front : {p.panel, 2 * p.panel}) {
-      for (int64_t back : {int64_t(0), int64_t(p.width), p.panel}) {
+      for (int64_t back : {int64_t(0), int64_t(p.columns), p.panel}) {
         std::vector<Real> padded(size_t(front), -kInf<Real>);
         padded.insert(padded.end(), s.begin(), s.end());
         padded.insert(padded.end(), size_t(back), -kInf<Real>);

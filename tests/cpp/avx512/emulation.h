@@ -1,4 +1,4 @@
-// The AVX-512 intrinsics that the kernels use, for processors with AVX2 alone.
+// The AVX-512 and AMX intrinsics that the kernels use, for processors with AVX2 alone.
 //
 // Included ahead of an isa/*.cpp or a probe (-include), so that these are compiled as they are and every
 // instruction of theirs has its meaning from Intel's manual, rounding included. Vectors are the compiler's
@@ -246,3 +246,4 @@ FAE_EMULATED V shuffle(V a, V b, Index index) {
 FAE_TARGET_END
 
 #include "avx512/intrinsics.h"
+#include "avx512/tiles.h"

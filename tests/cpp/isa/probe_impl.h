@@ -143,6 +143,7 @@ struct ProductFunctions {
   }
   static void multiply(probe::Update update, int row_count, int vecs,
                        const probe::TileProduct<Real, Operand>& t) {
+    const typename P::Session session;
     const TileArgs<P> args{t.depth, t.a, t.a_row, t.a_depth, t.b, t.ldb, t.c, t.ldc, t.alpha};
     switch (update) {
       case probe::Update::kStore: multiply_tile<P, Update::kStore>(row_count, vecs, args); break;
@@ -151,12 +152,39 @@ struct ProductFunctions {
     }
   }
   static Real softmax(const Real* s, int64_t columns, Real exponent_scale, Real* max, Real* sum, Operand* p) {
-    return softmax_row<P>(s, columns, exponent_scale, max, sum, p);
+    if constexpr (P::kTiles) {
+      return softmax_among_others(s, columns, exponent_scale, max, sum, p);
+    } else {
+      return softmax_row<P>(s, columns, exponent_scale, max, sum, p);
+    }
   }
 
   static constexpr probe::ProductProbe<Real, Operand, S> table(const char* name) {
-    return {name,      V::kWidth, V::kTileRows, V::kTileVecs, P::kPair,    kPanel<P>, &operands, &transposed,
-            &straight, &operand,  &clear,       &special,     &to_storage, &multiply, &softmax};
+    return {name,      V::kWidth,   P::kTileRows,      P::kTileVecs, P::kPair,  P::kDepth,
+            int(kColumns<P>), !P::kTiles, kPanel<P>, &operands,    &transposed, &straight,
+            &operand,  &clear,      &special,          &to_storage,  &multiply, &softmax};
+  }
+
+ private:
+  // As one of several rows, whose scores, maxima and sums are others.
+  static Real softmax_among_others(const Real* s, int64_t columns, Real exponent_scale, Real* max, Real* sum,
+                                   Operand* p) {
+    constexpr int kRows = V::kWidth - 1, kMost = 64 * V::kWidth;
+    const int row = int(columns / kColumns<P> * 5 % kRows);
+    Real scores[kRows][kMost], maxima[V::kWidth], sums[V::kWidth], alpha[V::kWidth];
+    Operand weights[kRows][kMost];
+    for (int r = 0; r < kRows; ++r) {
+      maxima[r] = r == row ? *max : Real(r);
+      sums[r] = r == row ? *sum : Real(1 + r);
+      for (int64_t j = 0; j < columns; ++j) scores[r][j] = r == row ? s[j] : Real(7 * r + j % 3);
+    }
+    SoftmaxRows<P> softmax(scores[0], kMost, kRows, columns, exponent_scale, maxima, alpha);
+    for (int r = 0; r < kRows; ++r) softmax.template exponentiate<false>(r, weights[r], nullptr);
+    softmax.finish(alpha, sums);
+    for (int64_t j = 0; j < columns; ++j) p[j] = weights[row][j];
+    *max = maxima[row];
+    *sum = sums[row];
+    return alpha[row];
   }
 };
 
