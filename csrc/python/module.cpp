@@ -45,9 +45,8 @@ std::string compiler() {
 std::vector<cpu::Isa> compiled_isas() {
   const std::string built = "," FAE_ISAS ",";
   std::vector<cpu::Isa> isas;
-  for (const cpu::Isa isa :
-       {cpu::Isa::kScalar, cpu::Isa::kAvx2, cpu::Isa::kAvx512, cpu::Isa::kAvx512Bf16, cpu::Isa::kAmx,
-        cpu::Isa::kNeon}) {
+  for (const cpu::Isa isa : {cpu::Isa::kScalar, cpu::Isa::kAvx2, cpu::Isa::kAvx512, cpu::Isa::kAvx512Bf16,
+                             cpu::Isa::kAmx, cpu::Isa::kNeon}) {
     if (built.find("," + std::string(cpu::name_of(isa)) + ",") != std::string::npos) isas.push_back(isa);
   }
   return isas;

@@ -36,7 +36,8 @@ struct Matrix {
   double value(int64_t r, int64_t c) { return to_float(at(r, c)); }
 };
 
-// Element (depth d, column c) of panels [columns / panel][depth / pair, in whole steps of p.depth][panel][pair].
+// Element (depth d, column c) of panels [columns / panel][depth / pair, in whole steps of
+// p.depth][panel][pair].
 template <class Probe>
 size_t panel_index(const Probe& p, int64_t depth, int64_t d, int64_t c) {
   const int64_t steps = (depth + p.depth - 1) / p.depth * p.depth / p.pair;

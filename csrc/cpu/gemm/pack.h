@@ -18,7 +18,9 @@ template <class P>
 constexpr int64_t kColumns = P::Vec::kWidth > P::kDepth ? P::Vec::kWidth : P::kDepth;
 
 template <class P>
-constexpr int64_t depth_steps(int64_t depth) { return round_up(depth, P::kDepth) / P::kPair; }
+constexpr int64_t depth_steps(int64_t depth) {
+  return round_up(depth, P::kDepth) / P::kPair;
+}
 
 // Operands in the panels of `columns` columns and `depth` contraction elements.
 template <class P>
@@ -218,7 +220,7 @@ bool pack_rows(SourceRows<S> src, int64_t depth, int64_t n, typename P::Operand*
   }
   for (int64_t step = (depth + P::kPair - 1) / P::kPair; step < steps; ++step) {
     for (int64_t c = 0; c < n; c += kPanel<P>)
-      __builtin_memset(dst + (c / kPanel<P>*steps + step) * kStep, 0, size_t(kStep) * sizeof(*dst));
+      __builtin_memset(dst + (c / kPanel<P> * steps + step) * kStep, 0, size_t(kStep) * sizeof(*dst));
   }
   return finite;
 }

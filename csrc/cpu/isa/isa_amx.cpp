@@ -1,4 +1,5 @@
-// AMX's tiles of bf16; the other dtypes are left to AVX-512's kernels, and with a compiler that knows no AMX all.
+// AMX's tiles of bf16; the other dtypes are left to AVX-512's kernels, and with a compiler that knows no AMX
+// all.
 #define FAE_ISA_NAMESPACE amx
 #include "cpu/isa/prologue.h"
 

@@ -177,8 +177,8 @@ class Backward : private ScoreGrad<P, S> {
     add_to_keys(used, begin, n, dk_sums_, gradients_, q_rows_, dkv_);
     add_to_keys(used, begin, n, dv_sums_, probabilities_, dout_rows_, dkv_ + dk_sums_.size());
     if (special_queries_) {
-      add_special_queries(p_.q, begin, used, special_ + plan_.block_kv, special_queries_, dk_sums_, gradients_,
-                          dkv_);
+      add_special_queries(p_.q, begin, used, special_ + plan_.block_kv, special_queries_, dk_sums_,
+                          gradients_, dkv_);
     }
     if (special_douts_) {
       add_special_queries(call_.dout, begin, used, special_ + plan_.block_kv + plan_.block_q, special_douts_,

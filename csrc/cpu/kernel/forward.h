@@ -32,7 +32,8 @@ class Forward : private ForwardRows<P, S> {
       : Base(call, plan, base, round_up(call.problem.dim, P::kDepth)) {
     k_ = arena_.template take<Operand>(panel_operands<P>(plan.block_kv, p_.dim));
     v_ = arena_.template take<Operand>(panel_operands<P>(p_.dim_v, plan.block_kv));
-    score_ld_ = P::kTiles ? kPart + V::kWidth : plan.block_kv;  // no power of two: rows share the cache's sets
+    score_ld_ =
+        P::kTiles ? kPart + V::kWidth : plan.block_kv;  // no power of two: rows share the cache's sets
     scores_ = arena_.template take<Real>(kRows * score_ld_);
     if constexpr (kInPlace) weights_ = reinterpret_cast<Operand*>(scores_);
     else weights_ = arena_.template take<Operand>(kRows * score_ld_);
@@ -123,7 +124,8 @@ class Forward : private ForwardRows<P, S> {
            k_ + (part.first + c) / kPanel<P> * depth * kStep, kStep, scores_ + c, score_ld_, nullptr});
     }
 
-    const ScoreTile<V> tile{scores_, score_ld_, k_begin + part.first, part.keys, part.columns, b_, refs, rows};
+    const ScoreTile<V> tile{scores_, score_ld_, k_begin + part.first, part.keys, part.columns, b_,
+                            refs,    rows};
     const bool partial = classify(sequence_.band, sequence_.kv_length, refs[0].query,
                                   refs[rows - 1].query + 1, tile.k_begin, part.mask.end) != TileClass::kFull;
     finish_scores<V>(p_, sequence_, partial, part.mask, tile, scratch_);
@@ -142,7 +144,9 @@ class Forward : private ForwardRows<P, S> {
   static int vectors_in(int64_t columns) {
     return int((columns < kPanel<P> ? columns : kPanel<P>) / V::kWidth);
   }
-  int64_t weight_ld() const { return kInPlace ? score_ld_ * int64_t(sizeof(Real) / sizeof(Operand)) : score_ld_; }
+  int64_t weight_ld() const {
+    return kInPlace ? score_ld_ * int64_t(sizeof(Real) / sizeof(Operand)) : score_ld_;
+  }
 
   // Scores of rows from `row` of the task on become weights; alpha: [kRows].
   FAE_INLINE void softmax_tile(int64_t row, const ScoreTile<V>& tile, Real* alpha) {

@@ -1,8 +1,8 @@
 // Sums over query rows for the keys of a block: dV = P^T dO and dK = dS^T Q.
 //
-// Weights (P or dS) lie as [row pair][key][pair] (or [row][key], where operands are not paired). Register tiles
-// read them by broadcast: sums are [key][column]. Tile registers want rows of A in one piece; there weights are
-// B, as they lie, A is the transposed rows, and sums are [column][key].
+// Weights (P or dS) lie as [row pair][key][pair] (or [row][key], where operands are not paired). Register
+// tiles read them by broadcast: sums are [key][column]. Tile registers want rows of A in one piece; there
+// weights are B, as they lie, A is the transposed rows, and sums are [column][key].
 #pragma once
 
 #include "cpu/gemm/micro.h"
@@ -48,10 +48,10 @@ class KeySums {
     const int64_t begin = first / P::kPair, end = (last + P::kPair - 1) / P::kPair, steps = depth_steps<P>(n);
     for (int64_t c = 0; c < padded_; c += kPanel<P>) {
       const int64_t left = padded_ - c < kPanel<P> ? padded_ - c : kPanel<P>;
-      multiply_tile<P, Update::kAdd>(
-          keys, int(left / V::kWidth),
-          {end - begin, weights + (begin * block_kv_ + key) * P::kPair, P::kPair, block_kv_ * P::kPair,
-           rows + (c / kPanel<P> * steps + begin) * kStep, kStep, sums + key * padded_ + c, padded_, nullptr});
+      multiply_tile<P, Update::kAdd>(keys, int(left / V::kWidth),
+                                     {end - begin, weights + (begin * block_kv_ + key) * P::kPair, P::kPair,
+                                      block_kv_ * P::kPair, rows + (c / kPanel<P> * steps + begin) * kStep,
+                                      kStep, sums + key * padded_ + c, padded_, nullptr});
     }
   }
   void add_special(int64_t key, Real weight, const SourceRows<S>& row, Real* sums) const {
@@ -88,7 +88,9 @@ class KeySums<P, S, true> {
       : columns_(columns), padded_(round_up(columns, W)), block_kv_(block_kv) {}
 
   int64_t size() const { return block_kv_ * padded_; }
-  int64_t row_operands(int64_t rows) const { return round_up(columns_, P::kDepth) * round_up(rows, P::kDepth); }
+  int64_t row_operands(int64_t rows) const {
+    return round_up(columns_, P::kDepth) * round_up(rows, P::kDepth);
+  }
 
   // Transposes kDepth x kDepth blocks, pairs of rows at a time; behind the last row there are zeros.
   template <class RowAt>

@@ -84,8 +84,8 @@ class SoftmaxRows {
   static constexpr int W = V::kWidth;
 
  public:
-  // Reads scores [rows][ld] and the first `rows` of a whole vector of running maxima, which it updates; writes
-  // as many factors of what was summed up before.
+  // Reads scores [rows][ld] and the first `rows` of a whole vector of running maxima, which it updates;
+  // writes as many factors of what was summed up before.
   FAE_INLINE SoftmaxRows(const Real* s, int64_t ld, int rows, int64_t columns, Real exponent_scale, Real* max,
                          Real* alpha)
       : s_(s), ld_(ld), columns_(columns), rows_(rows), scale_(exponent_scale) {

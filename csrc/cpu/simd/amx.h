@@ -77,8 +77,8 @@ struct AmxProduct : Bf16DotProduct {
   // Columns [column, column + 16), or twice as many, of C.
   template <Update kUpdate, bool kTwoRows, bool kTwoColumns>
   static FAE_INLINE void tiles(int column, const TileArgs<AmxProduct>& args) {
-    const int64_t a_bytes = args.a_row * int64_t(sizeof(BFloat16)), b_bytes = args.ldb * int64_t(sizeof(BFloat16)),
-                  c_bytes = args.ldc * int64_t(sizeof(float));
+    const int64_t a_bytes = args.a_row * int64_t(sizeof(BFloat16)),
+                  b_bytes = args.ldb * int64_t(sizeof(BFloat16)), c_bytes = args.ldc * int64_t(sizeof(float));
     float* const c = args.c + column;
     float* const lower_c = c + kSide * args.ldc;
     if constexpr (kUpdate == Update::kStore) {

@@ -115,8 +115,8 @@ struct F32 {
     }
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
-      eighth[i] = op(select(0xcccc, quarter[i + 2], quarter[i]),
-                     _mm512_shuffle_ps(quarter[i], quarter[i + 2], 0x4e));
+      eighth[i] =
+          op(select(0xcccc, quarter[i + 2], quarter[i]), _mm512_shuffle_ps(quarter[i], quarter[i + 2], 0x4e));
     }
     const Reg odd = _mm512_permute_ps(select(0xaaaa, eighth[0], eighth[1]), 0xb1);
     return op(select(0xaaaa, eighth[1], eighth[0]), odd);

@@ -1,5 +1,5 @@
-// AMX's tile registers in memory, by Intel's manual: what is not configured is an error, and rows and bytes past
-// a tile's own are neither read nor written.
+// AMX's tile registers in memory, by Intel's manual: what is not configured is an error, and rows and bytes
+// past a tile's own are neither read nor written.
 #pragma once
 
 namespace fae_amx {

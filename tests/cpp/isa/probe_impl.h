@@ -160,9 +160,9 @@ struct ProductFunctions {
   }
 
   static constexpr probe::ProductProbe<Real, Operand, S> table(const char* name) {
-    return {name,      V::kWidth,   P::kTileRows,      P::kTileVecs, P::kPair,  P::kDepth,
-            int(kColumns<P>), !P::kTiles, kPanel<P>, &operands,    &transposed, &straight,
-            &operand,  &clear,      &special,          &to_storage,  &multiply, &softmax};
+    return {name,       V::kWidth,   P::kTileRows, P::kTileVecs, P::kPair,  P::kDepth, int(kColumns<P>),
+            !P::kTiles, kPanel<P>,   &operands,    &transposed,  &straight, &operand,  &clear,
+            &special,   &to_storage, &multiply,    &softmax};
   }
 
  private:
