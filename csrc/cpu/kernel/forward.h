@@ -32,8 +32,8 @@ class Forward : private ForwardRows<P, S> {
       : Base(call, plan, base, round_up(call.problem.dim, P::kDepth)) {
     k_ = arena_.template take<Operand>(panel_operands<P>(plan.block_kv, p_.dim));
     v_ = arena_.template take<Operand>(panel_operands<P>(p_.dim_v, plan.block_kv));
-    score_ld_ =
-        P::kTiles ? kPart + V::kWidth : plan.block_kv;  // no power of two: rows share the cache's sets
+    // Not a power of two, so that rows lie on different sets of the cache.
+    score_ld_ = P::kTiles ? kPart + V::kWidth : plan.block_kv;
     scores_ = arena_.template take<Real>(kRows * score_ld_);
     if constexpr (kInPlace) weights_ = reinterpret_cast<Operand*>(scores_);
     else weights_ = arena_.template take<Operand>(kRows * score_ld_);

@@ -25,10 +25,11 @@ struct AmxProduct : Bf16DotProduct {
   static FAE_INLINE void multiply(int rows, int vecs, const TileArgs<AmxProduct>& args) {
     if constexpr (kUpdate == Update::kScaleAdd) scale_rows(rows, vecs, args);
     if (rows < kTileRows) configure(rows);
-    asm volatile("" ::: "memory");  // compilers take the intrinsics for loads of nothing
+    // GCC's intrinsics do not tell it which memory a tile is loaded from.
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
     if (rows > kSide) columns<kUpdate, true>(vecs, args);
     else columns<kUpdate, false>(vecs, args);
-    asm volatile("" ::: "memory");
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
     if (rows < kTileRows) configure(kTileRows);
   }
 
@@ -36,19 +37,27 @@ struct AmxProduct : Bf16DotProduct {
   static constexpr int kSide = 16;  // rows of a tile, and columns of C
 
   // Sums of up to 2 x 2 tiles are in registers 0 to 3; 4 and 5 hold A, 6 and 7 hold B.
+  struct alignas(64) Config {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {};
+  };
+  struct Configs {
+    Config of[kTileRows + 1];
+    constexpr Configs() : of() {
+      for (int n = 1; n <= kTileRows; ++n) {
+        Config& c = of[n];
+        const uint8_t upper = uint8_t(n < kSide ? n : kSide), lower = uint8_t(n - upper);
+        c.rows[0] = c.rows[1] = c.rows[4] = upper;
+        c.rows[2] = c.rows[3] = c.rows[5] = lower;
+        c.rows[6] = c.rows[7] = kSide;
+        if (lower == 0) c.row_bytes[2] = c.row_bytes[3] = c.row_bytes[5] = 0;
+      }
+    }
+  };
   static FAE_INLINE void configure(int rows) {
-    const uint8_t upper = uint8_t(rows < kSide ? rows : kSide), lower = uint8_t(rows - upper);
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {};
-    } config;
-    config.rows[0] = config.rows[1] = config.rows[4] = upper;
-    config.rows[2] = config.rows[3] = config.rows[5] = lower;
-    config.rows[6] = config.rows[7] = kSide;
-    if (lower == 0) config.row_bytes[2] = config.row_bytes[3] = config.row_bytes[5] = 0;
-    asm volatile("" ::"m"(config));
-    _tile_loadconfig(&config);
+    static constexpr Configs configs{};
+    _tile_loadconfig(&configs.of[rows]);
   }
 
   // Rows whose factor is 1 stay as they are, which is most of them once a row has seen its largest score.
