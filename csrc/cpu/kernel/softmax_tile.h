@@ -105,7 +105,6 @@ class SoftmaxRows {
     const Reg shift = V::select(V::equal(now, none), V::zero(), now);
     Reg factor = V::exp2(V::mul(V::sub(before, shift), V::set1(scale_)));
     factor = V::select(V::equal(before, now), V::set1(Real(1)), factor);
-    factor = V::select(V::equal(before, none), V::zero(), factor);
     V::store(shift_, shift);
     V::store(max, now);
     V::store(alpha, factor);
