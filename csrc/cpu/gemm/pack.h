@@ -22,6 +22,12 @@ constexpr int64_t depth_steps(int64_t depth) {
   return round_up(depth, P::kDepth) / P::kPair;
 }
 
+// Vectors of a panel where `columns` columns are left.
+template <class P>
+constexpr int vectors_in(int64_t columns) {
+  return int((columns < kPanel<P> ? columns : kPanel<P>) / P::Vec::kWidth);
+}
+
 // Operands in the panels of `columns` columns and `depth` contraction elements.
 template <class P>
 constexpr int64_t panel_operands(int64_t columns, int64_t depth) {

@@ -251,7 +251,7 @@ class Backward : private ScoreGrad<P, S> {
     const int64_t steps = depth_steps<P>(range.keys), block_steps = depth_steps<P>(k_end_ - k_begin_);
     for (int64_t c = 0; c < dim_padded_; c += kPanel<P>) {
       multiply_tile<P, Update::kAdd>(
-          rows, vectors_in(dim_padded_ - c),
+          rows, vectors_in<P>(dim_padded_ - c),
           {steps, gradients + range.first, plan_.block_kv, P::kPair,
            k_rows_ + (c / kPanel<P> * block_steps + range.first / P::kPair) * kStep, kStep,
            dq_ + row * dim_padded_ + c, dim_padded_, nullptr});
@@ -271,9 +271,6 @@ class Backward : private ScoreGrad<P, S> {
       const int64_t first = begin > 0 ? begin : 0, last = end < row_count ? end : row_count;
       if (first < last) key_sums.add(key, keys, first, last, weights, rows, row_count, sums);
     }
-  }
-  static int vectors_in(int64_t columns) {
-    return int((columns < kPanel<P> ? columns : kPanel<P>) / V::kWidth);
   }
 
   bool sees(int64_t row, int64_t key) const {

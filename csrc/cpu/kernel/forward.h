@@ -119,7 +119,7 @@ class Forward : private ForwardRows<P, S> {
     const int64_t depth = dim_padded_ / P::kPair;
     for (int64_t c = 0; c < part.columns; c += kPanel<P>) {
       multiply_tile<P, Update::kStore>(
-          rows, vectors_in(part.columns - c),
+          rows, vectors_in<P>(part.columns - c),
           {depth, q_ + row * dim_padded_, dim_padded_, P::kPair,
            k_ + (part.first + c) / kPanel<P> * depth * kStep, kStep, scores_ + c, score_ld_, nullptr});
     }
@@ -134,15 +134,12 @@ class Forward : private ForwardRows<P, S> {
 
     const int64_t block_steps = depth_steps<P>(block_keys_);
     for (int64_t c = 0; c < dim_v_padded_; c += kPanel<P>) {
-      multiply_tile<P, Update::kScaleAdd>(rows, vectors_in(dim_v_padded_ - c),
+      multiply_tile<P, Update::kScaleAdd>(rows, vectors_in<P>(dim_v_padded_ - c),
                                           {depth_steps<P>(part.keys), weights_, weight_ld(), P::kPair,
                                            v_ + (c / kPanel<P> * block_steps + part.first / P::kPair) * kStep,
                                            kStep, acc_ + row * dim_v_padded_ + c, dim_v_padded_, alpha});
     }
     if (special_count_) add_special_values(part, row, refs, rows, k_begin);
-  }
-  static int vectors_in(int64_t columns) {
-    return int((columns < kPanel<P> ? columns : kPanel<P>) / V::kWidth);
   }
   int64_t weight_ld() const {
     return kInPlace ? score_ld_ * int64_t(sizeof(Real) / sizeof(Operand)) : score_ld_;

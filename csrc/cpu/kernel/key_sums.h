@@ -47,8 +47,7 @@ class KeySums {
            int64_t n, Real* sums) const {
     const int64_t begin = first / P::kPair, end = (last + P::kPair - 1) / P::kPair, steps = depth_steps<P>(n);
     for (int64_t c = 0; c < padded_; c += kPanel<P>) {
-      const int64_t left = padded_ - c < kPanel<P> ? padded_ - c : kPanel<P>;
-      multiply_tile<P, Update::kAdd>(keys, int(left / V::kWidth),
+      multiply_tile<P, Update::kAdd>(keys, vectors_in<P>(padded_ - c),
                                      {end - begin, weights + (begin * block_kv_ + key) * P::kPair, P::kPair,
                                       block_kv_ * P::kPair, rows + (c / kPanel<P> * steps + begin) * kStep,
                                       kStep, sums + key * padded_ + c, padded_, nullptr});

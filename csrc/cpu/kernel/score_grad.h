@@ -327,9 +327,8 @@ class ScoreGrad {
                         const TileRange& range, Real* c, int64_t ld) {
     const int64_t steps = depth / P::kPair;
     for (int64_t j = 0; j < range.columns; j += kPanel<P>) {
-      const int64_t left = range.columns - j;
       multiply_tile<P, Update::kStore>(
-          rows, int((left < kPanel<P> ? left : kPanel<P>) / V::kWidth),
+          rows, vectors_in<P>(range.columns - j),
           {steps, a.data, a.ld, P::kPair, b + (range.first + j) / kPanel<P> * steps * kStep, kStep,
            c + range.first + j, ld, nullptr});
     }
