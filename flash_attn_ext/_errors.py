@@ -8,6 +8,7 @@ The plain torch backends ask the same predicate through `check_call`.
 from __future__ import annotations
 
 import re
+import sys
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -46,6 +47,16 @@ def _described(schema_type: str) -> str:
     return f"{name} or None" if optional else name
 
 
+def causal_variant(value: object) -> str | None:
+    """What a mask of `torch.nn.attention.bias` stands for, as `causal`; its memory was never written."""
+    module = sys.modules.get(
+        "torch.nn.attention.bias"
+    )  # slow to import, and without it there is no such mask
+    if module is None or not isinstance(value, module.CausalBias):
+        return None
+    return "top_left" if value.variant == module.CausalVariant.UPPER_LEFT else "bottom_right"
+
+
 def check_tensor(name: str, value: object) -> None:
     """Raise a `TypeError` that names `value` when it is not a dense tensor."""
     if not isinstance(value, torch.Tensor):
@@ -53,6 +64,8 @@ def check_tensor(name: str, value: object) -> None:
     if value.is_nested or value.layout != torch.strided:
         layout = "nested" if value.is_nested else value.layout
         raise TypeError(f"{name} must be a dense Tensor, got one of layout {layout}")
+    if causal_variant(value) is not None:
+        raise TypeError(f"{name} must hold its values, got a CausalBias: pass causal='top_left' or True")
 
 
 def choice(name: str, value: object, allowed: dict):

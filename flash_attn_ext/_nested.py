@@ -28,11 +28,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, attend: Cal
         raise ValueError("v must have the same sequence lengths as k")
     if len(offsets_q) != len(offsets_k):
         raise ValueError(f"k has {len(offsets_k) - 1} sequences, q has {len(offsets_q) - 1}")
-    packing = (
-        offsets_q,
-        offsets_k,
-        *(-1 if t._maybe_max_seqlen is None else t._maybe_max_seqlen for t in (q, k)),
-    )
+    longest = (_lengths(t)["max_seqlen"] for t in (q, k))
+    packing = (offsets_q, offsets_k, *(-1 if n is None else n for n in longest))
     result = attend(*packed, arguments._replace(layout="bshd"), packing)
     out, lse = result if arguments.return_lse else (result, None)
     out = _jagged(out, q)
@@ -56,11 +53,21 @@ def _values(name: str, t: object, layout: int) -> Tensor:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two offsets are known to be equal, without waiting for a device."""
+    """Whether two offsets are known to be equal, without waiting for a device. A compiled call raises when it
+    runs."""
+    if torch.compiler.is_compiling() and len(a) == len(b):
+        torch._assert_async((a == b).all(), "v must have the same sequence lengths as k")
+        return True
     return a is b or (a.device.type == "cpu" and b.device.type == "cpu" and torch.equal(a, b))
 
 
 def _jagged(values: Tensor, like: Tensor) -> Tensor:
     """(batch, seq, ...) of packed (total, ...), with the sequences of `like`."""
-    lengths = {"min_seqlen": like._maybe_min_seqlen, "max_seqlen": like._maybe_max_seqlen}
-    return torch.nested.nested_tensor_from_jagged(values, like.offsets(), **lengths)
+    return torch.nested.nested_tensor_from_jagged(values, like.offsets(), **_lengths(like))
+
+
+def _lengths(t: Tensor) -> dict[str, int | None]:
+    """Those of the shortest and the longest sequence, where they are known; torch's compiler cannot ask."""
+    if torch.compiler.is_compiling():
+        return {"min_seqlen": None, "max_seqlen": None}
+    return {"min_seqlen": t._maybe_min_seqlen, "max_seqlen": t._maybe_max_seqlen}

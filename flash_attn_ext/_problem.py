@@ -274,8 +274,8 @@ def _options_of(options: Options, b: int, seq_q: int, seq_kv: int) -> Options:
 def tile_of(t: Tensor, q_begin: int, q_end: int, k_begin: int, k_end: int) -> Tensor:
     """The queries and keys of a tensor whose last two axes may be of size 1."""
     if t.shape[-2] != 1:
-        t = t[..., q_begin:q_end, :]
-    return t if t.shape[-1] == 1 else t[..., k_begin:k_end]
+        t = t.narrow(-2, q_begin, q_end - q_begin)
+    return t if t.shape[-1] == 1 else t.narrow(-1, k_begin, k_end - k_begin)
 
 
 def fold(t: Tensor) -> Tensor:
@@ -291,9 +291,12 @@ def unfold(t: Tensor, group: int) -> Tensor:
 
 def is_finite(t: Tensor) -> bool:
     """False also where there is no asking: in a trace, under vmap, or where it would wait for a device."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or t.device.type != "cpu":
         return False
-    return t.device.type == "cpu" and bool(t.isfinite().all())
+    try:
+        return bool(t.isfinite().all())
+    except RuntimeError:  # a batch of torch.autograd's own vmap, or a trace of make_fx: there are no values
+        return False
 
 
 def contract(weights: Tensor, seen: Tensor | None, values: Tensor) -> Tensor:

@@ -126,6 +126,8 @@ def flash_attention(
             name = dispatch.resolve(backend, config.backend, dispatch.Request.of(q, v, batch_invariant))
             own = own_arguments(name, config, batch_invariant, deterministic, q.dtype)
             scale = config.softmax_scale if scale is None else scale
+        if bias is not None:
+            _errors.check_tensor("bias", bias)
         needs_grad = torch.is_grad_enabled() and (
             q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
         )

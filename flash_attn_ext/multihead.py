@@ -14,6 +14,8 @@ from ._options import Options
 from ._philox import draw_state
 from .functional import flash_attention
 
+_MAX_DIM = 1024  # of a head
+
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention`, with the same parameters and results, in linear memory.
@@ -191,6 +193,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         masks = [m for m in (attn_mask, padding) if m is not None]
         if len(masks) == 2 and attn_mask.dtype != torch.bool and padding.dtype != torch.bool:
             # Their sum would have a row of scores for each query of each batch.
+            if q.shape[-1] + 2 > _MAX_DIM:  # one batch after the other, then
+                each = zip(*(t.split(1) for t in (q, k, v, padding)), strict=True)
+                own = attn_mask.split(1) if attn_mask.dim() == 4 else [attn_mask] * len(q)
+                return torch.cat(
+                    [self._attend(*qkv, causal, m + p) for (*qkv, p), m in zip(each, own, strict=True)]
+                )
             q, k, scale = _with_scores_of_keys(q, k, padding[:, 0, 0])
             masks[1] = padding == -math.inf
         for m in masks:

@@ -35,7 +35,7 @@ def scaled_dot_product_attention(
         key: (..., heads_kv, seq_kv, dim); value: (..., heads_kv, seq_kv, dim_v). Leading axes
             broadcast; so do heads, unless `enable_gqa`.
         attn_mask: broadcastable to (..., heads_q, seq_q, seq_kv): bool with True = may attend,
-            or floating, added to the scores.
+            or floating, added to the scores; or what `torch.nn.attention.bias` makes.
         dropout_p: the probability in [0, 1] with which a weight is dropped, also outside of training, as
             in torch; with 1 nothing is left. Which ones is drawn as in `flash_attention`.
         is_causal: query i sees keys <= i (aligned top left); not together with `attn_mask`.
@@ -59,9 +59,11 @@ def scaled_dot_product_attention(
             _check_flags(is_causal=is_causal, enable_gqa=enable_gqa)
         if dropout_p != 0.0:
             _check_dropout(dropout_p)
+        causal = "top_left" if is_causal else False
         if attn_mask is not None and (is_causal or attn_mask.dtype != torch.bool):
             _check_mask(attn_mask, is_causal)
-        causal = "top_left" if is_causal else False
+            if variant := _errors.causal_variant(attn_mask):
+                attn_mask, causal = None, variant
         if query.is_nested:
             return _nested(query, key, value, attn_mask, dropout_p, causal, scale, enable_gqa)
         own = 3 if enable_gqa else 2  # trailing axes that do not broadcast
@@ -127,7 +129,7 @@ def _check_tensors(query: object, key: object, value: object, attn_mask: object)
         _errors.check_tensor(name, tensor)
         if tensor.dim() < 2:
             raise ValueError(f"{name} must have at least 2 axes, got shape {tuple(tensor.shape)}")
-    if attn_mask is not None:
+    if attn_mask is not None and _errors.causal_variant(attn_mask) is None:
         _errors.check_tensor("attn_mask", attn_mask)
 
 

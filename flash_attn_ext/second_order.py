@@ -9,6 +9,7 @@ O(seq_q + seq_kv).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -129,15 +130,39 @@ class Call:
         options, _ = self.operators.family.read((*tensors, *self.rest))
         return derivatives(dout, dlse, q, k, v, out, lse, options, direction)
 
+    def along(self, sources: tuple, tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """What the gradients change by when the sources do; those of out and lse follow from the inputs'.
+
+        The matrix of second derivatives is symmetric: `derivatives` multiplies with it, too.
+        """
+        into_dout, into_dlse, *changes = tangents
+        by_name = dict(zip(self.names, changes, strict=False))
+        direction = Tangents(*(by_name.get(name) for name in Tangents._fields))
+        own: dict[str, Tensor] = {}
+        if any(d is not None for d in direction):
+            found = self.derivatives(sources, direction)
+            own = found.inputs
+            into_dout, into_dlse = (
+                more if t is None else t + more
+                for t, more in ((into_dout, found.out), (into_dlse, found.lse))
+            )
+        if into_dout is None:
+            into_dout = torch.zeros_like(sources[0])
+        grads = self.backward(into_dout, into_dlse, sources)
+        return tuple(
+            g + own[name] if g.numel() and name in own else g
+            for name, g in zip(self.gradients, grads, strict=True)
+        )
+
 
 class _RefuseThirdOrder(torch.autograd.Function):
-    """Passes the first `count` tensors on; differentiating them again raises."""
+    """Passes the first `count` tensors on; differentiating them again, in any of the tensors, raises."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(count, *tensors):
-        return tuple(t.view_as(t) for t in tensors[:count])
+        return tuple(t.clone() for t in tensors[:count])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -153,6 +178,44 @@ class _RefuseThirdOrder(torch.autograd.Function):
     jvp = backward
 
 
+class _AlongDirection(torch.autograd.Function):
+    """Derivatives that are there already, as what they are linear in: the directions that they were taken
+    along (twice backward, as torch.autograd.functional.hvp does). In the sources they are third order."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(call, places, *tensors):
+        """tensors: the derivatives; directions, by `call.gradients`; sources. places: of the derivatives, in
+        the order of the sources."""
+        return tuple(t.clone() for t in tensors[: len(places)])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.call, ctx.places, *tensors = inputs
+        begin = len(ctx.places) + len(ctx.call.gradients)
+        ctx.given = [d is not None for d in tensors[len(ctx.places) : begin]]
+        ctx.save_for_backward(*tensors[begin:])
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        sources = ctx.saved_tensors
+        tangents: list[Tensor | None] = [None] * len(sources)
+        for place, cotangent in zip(ctx.places, cotangents, strict=True):
+            tangents[place] = cotangent
+        found = ctx.call.along(sources, tangents)
+        if torch.is_grad_enabled():
+            depend_on = (t for t in (*sources, *cotangents) if t is not None)
+            found = _RefuseThirdOrder.apply(len(found), *(t.detach() for t in found), *depend_on)
+        into_directions = (t if given else None for t, given in zip(found, ctx.given, strict=True))
+        nothing = [None] * (2 + len(ctx.places))
+        # Asked for, these zeros meet an error behind the sources; else nobody takes them.
+        return (*nothing, *into_directions, *(t if t is None else torch.zeros_like(t) for t in sources))
+
+    jvp = _RefuseThirdOrder.backward
+
+
 class _Gradients(torch.autograd.Function):
     """Gradients that are there already, made differentiable."""
 
@@ -160,7 +223,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(call, count, *tensors):
-        return tuple(t.view_as(t) for t in tensors[:count])
+        return tuple(t.clone() for t in tensors[:count])  # torch drops the tangents of views
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -180,36 +243,23 @@ class _Gradients(torch.autograd.Function):
         own = [found.dout, found.dlse if sources[1] is not None else None]
         own += [found.inputs.get(name) for name in call.names] + [found.out, found.lse]
         if torch.is_grad_enabled():
-            given = [n for n, t in enumerate(own) if t is not None]
-            depend_on = (t for t in (*sources, *directions) if t is not None)
-            final = _RefuseThirdOrder.apply(len(given), *(own[n].detach() for n in given), *depend_on)
-            for n, t in zip(given, final, strict=True):
+            places = tuple(n for n, t in enumerate(own) if t is not None)
+            held = [n for n, t in enumerate(sources) if t is not None]
+            behind = list(sources)
+            refusing = _RefuseThirdOrder.apply(len(held), *(sources[n] for n in held))
+            for n, t in zip(held, refusing, strict=True):
+                behind[n] = t
+            final = _AlongDirection.apply(
+                call, places, *(own[n].detach() for n in places), *directions, *behind
+            )
+            for n, t in zip(places, final, strict=True):
                 own[n] = t
         return (*nothing, *own)
 
     @staticmethod
     def jvp(ctx, _call, _count, *tangents):
-        """The matrix of second derivatives is symmetric: this is what backward multiplies with, too."""
         check_nesting()
-        call, sources = ctx.call, ctx.saved_tensors
-        into_dout, into_dlse, *changes = tangents[ctx.count :]
-        by_name = dict(zip(call.names, changes, strict=False))
-        direction = Tangents(*(by_name.get(name) for name in Tangents._fields))
-        own: dict[str, Tensor] = {}
-        if any(d is not None for d in direction):
-            found = call.derivatives(sources, direction)
-            own = found.inputs
-            into_dout, into_dlse = (
-                more if t is None else t + more
-                for t, more in ((into_dout, found.out), (into_dlse, found.lse))
-            )
-        if into_dout is None:
-            into_dout = torch.zeros_like(sources[0])
-        grads = call.backward(into_dout, into_dlse, sources)
-        return tuple(
-            g + own[name] if g.numel() and name in own else g
-            for name, g in zip(call.gradients, grads, strict=True)
-        )
+        return ctx.call.along(ctx.saved_tensors, tangents[ctx.count :])
 
 
 def differentiable(grads: tuple[Tensor, ...], call: Call, sources: tuple) -> tuple[Tensor, ...]:

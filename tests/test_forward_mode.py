@@ -174,6 +174,8 @@ def test_gradcheck(any_backend):
         lambda q, k, v: fae.flash_attention(q, k, v, causal=True, return_lse=True, backend=any_backend),
         leaves,
         check_forward_ad=True,
+        check_batched_forward_grad=True,
+        check_batched_grad=True,
     )
 
 
@@ -187,6 +189,35 @@ def test_dual_numbers_keep_their_graph(any_backend):
         (dv,) = torch.autograd.grad(primal.sum(), v)
     plain = fae.flash_attention(q, k, v, backend=any_backend)
     assert torch.equal(primal, plain) and torch.equal(dv, torch.autograd.grad(plain.sum(), v)[0])
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_tangents_of_gradients(return_lse, create_graph, any_backend):
+    """Every gradient follows the one input that moves, also those of inputs that do not."""
+
+    def of(backend):
+        torch.manual_seed(0)
+        q, k, v, change = (torch.randn(1, 4, 2, 6, dtype=torch.float64, requires_grad=True) for _ in range(4))
+        with forward_ad.dual_level():
+            moving = forward_ad.make_dual(k.detach().requires_grad_(), change.detach())
+            out = fae.flash_attention(q, moving, v, True, return_lse=return_lse, backend=backend)
+            total = sum(t.square().sum() for t in (out if return_lse else [out]))
+            grads = torch.autograd.grad(total, (q, moving, v), create_graph=create_graph)
+            return [forward_ad.unpack_dual(g).tangent for g in grads]
+
+    torch.testing.assert_close(of(any_backend), of("standard"))
+
+
+def test_linearized(any_backend):
+    torch.manual_seed(0)
+    q, k, v, *changes = (torch.randn(1, 4, 2, 6, dtype=torch.float64) for _ in range(6))
+
+    def call(q, k, v):
+        return fae.flash_attention(q, k, v, causal=True, backend=any_backend)
+
+    _, linear = torch.func.linearize(call, q, k, v)
+    torch.testing.assert_close(linear(*changes), jvp(call, (q, k, v), tuple(changes))[1])
 
 
 def test_gradients_of_tangents(any_backend):

@@ -61,3 +61,20 @@ class TestJagged:
                 fae.flash_attention(*arguments)
         with pytest.raises(ValueError, match="out"):
             fae.flash_attention(q, k, v, out=q)
+
+    @pytest.mark.parametrize("backward", [False, True])
+    def test_compiled(self, backward):
+        """With and without the lengths that a nested tensor may know of its sequences."""
+        calls = torch.compile(
+            lambda q, k, v: fae.flash_attention(q, k, v, True), fullgraph=True, backend="aot_eager"
+        )
+        for leaves in (self.leaves(), self.leaves((2, 7, 1))):
+            given = [t if backward else t.detach() for t in leaves]
+            got, want = calls(*given), fae.flash_attention(*given, True)
+            assert torch.equal(got.values(), want.values())
+            if backward:
+                first, second = (torch.autograd.grad(t.values().square().sum(), leaves) for t in (got, want))
+                assert all(torch.equal(a.values(), b.values()) for a, b in zip(first, second, strict=True))
+        other = [*given[:2], torch.nested.nested_tensor([t[1:] for t in given[2]], layout=torch.jagged)]
+        with pytest.raises(Exception, match="v .*lengths|v has shape"):
+            calls(*other)

@@ -127,6 +127,19 @@ def test_all_masks(kind, dtype):
         next(turns)
 
 
+@pytest.mark.parametrize("axes", [2, 3])
+@pytest.mark.parametrize("width", [1022, 1023, 1024])
+def test_floating_masks_of_both_kinds_beside_the_widest_heads(width, axes):
+    """Scores of keys take two columns of the keys, where there are any left."""
+    theirs = torch.nn.MultiheadAttention(width, 1, batch_first=True)
+    ours = MultiheadAttention(width, 1, batch_first=True)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 5, width)
+    masks = dict(attn_mask=torch.randn((2, 5, 5)[-axes:]), key_padding_mask=torch.randn(2, 5))
+    got, want = (module(x, x, x, **masks, need_weights=False)[0] for module in (ours, theirs))
+    torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_gradients_of_masks(need_weights):
     theirs, ours = pair(torch.float64, batch_first=True)

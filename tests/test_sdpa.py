@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from reference import SLACK_ULPS, attend, largest, ulp
+from torch.nn.attention import bias
 
 import flash_attn_ext as fae
 
@@ -122,6 +124,26 @@ def test_causal_is_top_left():
     torch.testing.assert_close(out[0, 0, 0], v[0, 0, 0])
     q, k, v = (x.detach().transpose(1, 2) for x in (q, k, v))
     torch.testing.assert_close(attend(q, k, v, causal="top_left").out.float(), out.detach().transpose(1, 2))
+
+
+@pytest.mark.parametrize("strict", [None, False, True])
+@pytest.mark.parametrize("make", [bias.causal_upper_left, bias.causal_lower_right])
+def test_masks_that_only_stand_for_a_triangle(make, strict):
+    """Nothing was ever written into their memory."""
+    q, k, v = (torch.randn(1, 2, n, 8) for n in (4, 6, 6))
+    mask = make(4, 6)
+    call, context = F.scaled_dot_product_attention, fae.use_flash_attention(strict=bool(strict))
+    if strict is None:
+        call, context = fae.scaled_dot_product_attention, contextlib.nullcontext()
+    with context:
+        got = call(q, k, v, attn_mask=mask)
+    assert type(got) is torch.Tensor
+    torch.testing.assert_close(got, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    with pytest.raises(ValueError, match="attn_mask"):
+        fae.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=True)
+    for backend in ("auto", "portable"):
+        with pytest.raises(TypeError, match="bias .*CausalBias.*causal"):
+            fae.flash_attention(q, k, v, layout="bhsd", bias=mask, backend=backend)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.3, -1.0, 2.0])

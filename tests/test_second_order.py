@@ -179,3 +179,30 @@ def test_third_order_is_refused(backend):
     for second in grad(first.sin().sum(), leaves, create_graph=True):
         with pytest.raises(NotImplementedError, match="third-order"):
             grad(second.sin().sum(), leaves, retain_graph=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_products_with_vectors(backend):
+    """hvp goes backward twice for the sake of the direction, which is no third order; hessian in batches."""
+    values = inputs()
+    leaves = tuple(t.detach() for t in values.values())
+    directions = tuple(torch.randn_like(t) for t in leaves)
+
+    def total(*tensors, backend=backend):
+        call = dict(zip(NAMES, tensors, strict=True))
+        out, lse = fae.flash_attention(**call, causal=True, return_lse=True, backend=backend)
+        return out.sin().sum() + lse.sin().sum()
+
+    def unfused(*tensors):
+        return total(*tensors, backend="standard")
+
+    for product in (functional.hvp, functional.vhp):
+        torch.testing.assert_close(
+            product(total, leaves, directions)[1], product(unfused, leaves, directions)[1]
+        )
+    batched = functional.hessian(total, leaves, vectorize=True)
+    torch.testing.assert_close(batched, functional.hessian(unfused, leaves))
+    moving = tuple(t.requires_grad_() for t in leaves)
+    _, products = functional.hvp(total, moving, directions, create_graph=True)
+    with pytest.raises(NotImplementedError, match="third-order"):
+        products[0].sum().backward()
