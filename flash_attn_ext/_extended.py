@@ -51,9 +51,15 @@ class Packing(NamedTuple):
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packing: Packing | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    arguments: Arguments,
+    packing: Packing | None = None,
+    draw: Callable[[torch.device], Tensor] = draw_state,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """What `flash_attention` does with these arguments, or `flash_attention_varlen` with `packing`."""
+    """What `flash_attention` does with these arguments, or `flash_attention_varlen` with `packing`. `draw`
+    gives the state of a dropout."""
     a = arguments
     if packing is None and any(isinstance(t, Tensor) and t.is_nested for t in (q, k, v)):
         return _nested.attention(q, k, v, arguments, _attend_packed)
@@ -69,7 +75,7 @@ def attention(
     if torch._C._is_any_autocast_enabled():
         q, k, v = autograd.autocast(q, k, v)
     config = a.config or AttentionConfig()
-    options = options_of(q, k, a, config, packing)
+    options = options_of(q, k, a, config, packing, draw)
     name = dispatch.resolve(a.backend, config.backend, dispatch.Request.of(q, v, a.batch_invariant))
     own = own_arguments(name, config, a.batch_invariant, a.deterministic, q.dtype)
     differentiable = (q, k, v, a.bias, a.alibi_slopes, a.sinks)

@@ -1,4 +1,4 @@
-"""flash_attn's interface: signatures, results, LSE shapes, raw functions, padding, and the package's name."""
+"""flash_attn's interface: signatures, results, LSE shapes, raw functions, and the package's name."""
 
 from __future__ import annotations
 
@@ -244,6 +244,80 @@ def test_kvcache():
         compat.flash_attn_with_kvcache(q, *caches, k, v)
 
 
+def calls_of_every_function() -> dict:
+    """With options of the scores; each returns out."""
+    q, k, v = (t.detach()[:, :9] for t in tensors(heads_kv=4))
+    kv, qkv, cu = torch.stack((k, v), 2), torch.stack((q, k, v), 2), torch.tensor([0, 9, 18]).int()
+    flat, flat_kv, flat_qkv = [t.flatten(0, 1) for t in (q, k, v)], kv.flatten(0, 1), qkv.flatten(0, 1)
+
+    def raw(forward, *tensors, window_size, softcap, **more):
+        return forward(*tensors, 0.0, None, False, *window_size, softcap, **more)[0]
+
+    packing = (cu, cu, 9, 9)
+    varlen = compat._flash_attn_varlen_forward
+    return {
+        "func": lambda **o: flash_attn_func(q, k, v, **o),
+        "kvpacked": lambda **o: compat.flash_attn_kvpacked_func(q, kv, **o),
+        "qkvpacked": lambda **o: compat.flash_attn_qkvpacked_func(qkv, **o),
+        "varlen": lambda **o: flash_attn_varlen_func(*flat, *packing, **o),
+        "varlen-kvpacked": lambda **o: compat.flash_attn_varlen_kvpacked_func(
+            flat[0], flat_kv, *packing, **o
+        ),
+        "varlen-qkvpacked": lambda **o: compat.flash_attn_varlen_qkvpacked_func(flat_qkv, cu, 9, **o),
+        "kvcache": lambda **o: compat.flash_attn_with_kvcache(q, k, v, **o),
+        "raw": lambda **o: raw(compat._flash_attn_forward, q, k, v, **o),
+        "raw-varlen": lambda **o: raw(varlen, *flat, *packing, **o),
+        "raw-in-part": lambda **o: raw(varlen, *flat, *packing, seqused_k=cu[1:] * 0 + 9, **o),
+        "probabilities": lambda **o: compat._flash_attn_forward(
+            q, k, v, 1e-9, None, False, *o["window_size"], o["softcap"], return_softmax=True
+        )[2],
+    }
+
+
+@pytest.mark.parametrize("name", calls_of_every_function())
+def test_what_is_negative_is_not_there(name):
+    """Any window side below 0, and any softcap."""
+    call = calls_of_every_function()[name]
+    torch.manual_seed(0)
+    want = call(window_size=(-1, -1), softcap=0.0)
+    torch.manual_seed(0)
+    assert torch.equal(call(window_size=(-7, -2), softcap=-1.5), want)
+    torch.manual_seed(0)
+    one_side = call(window_size=(2, -1), softcap=0.0)
+    assert not torch.equal(one_side, want)
+    torch.manual_seed(0)
+    assert torch.equal(call(window_size=(2, -9), softcap=-3), one_side)
+
+
+def test_gradients_without_what_is_negative():
+    q, k, v = (t.detach() for t in tensors())
+    out, lse, *_ = compat._flash_attn_forward(q, k, v, 0.0, None, False)
+    grads = [[torch.empty_like(t) for t in (q, k, v)] for _ in range(2)]
+    for written, options in zip(grads, ((-1, -1, 0.0), (-7, -2, -1.5)), strict=True):
+        compat._flash_attn_backward(out, q, k, v, out, lse, *written, 0.0, None, False, *options)
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"softcap": "1"}, "softcap must be a number"),
+        ({"softcap": float("nan")}, "softcap"),
+        ({"window_size": 3}, "window must be"),
+        ({"window_size": (-1.0, 2)}, "window must hold ints"),
+    ],
+    ids=["softcap-str", "softcap-nan", "window-int", "window-float"],
+)
+def test_what_makes_no_scores(wrong, match):
+    with pytest.raises((TypeError, ValueError), match=match):
+        flash_attn_func(*tensors(), **wrong)
+
+
+SHARED = (
+    "dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic return_attn_probs sinks"
+)
+
+
 @pytest.mark.parametrize(
     ("function", "names"),
     [
@@ -256,30 +330,19 @@ def test_kvcache():
         (compat.flash_attn_with_kvcache, "q k_cache v_cache k v rotary_cos rotary_sin cache_seqlens cache_batch_idx "
          "cache_leftpad block_table softmax_scale causal window_size softcap rotary_interleaved alibi_slopes num_splits "
          "return_softmax_lse sinks"),
+        (compat.flash_attn_kvpacked_func, f"q kv {SHARED}"),
+        (compat.flash_attn_qkvpacked_func, f"qkv {SHARED}"),
+        (compat.flash_attn_varlen_kvpacked_func,
+         f"q kv cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k {SHARED}"),
+        (compat.flash_attn_varlen_qkvpacked_func, f"qkv cu_seqlens max_seqlen {SHARED}"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )  # fmt: skip
 def test_signatures(function, names):
     """Callers look at them to learn what there is."""
     assert list(inspect.signature(function).parameters) == names.split()
-
-
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64], ids=str)
-def test_padding_there_and_back(dtype):
-    x = torch.randn(3, 5, 2, 4, requires_grad=True)
-    mask = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 0, 0, 0], [1, 0, 1, 1, 1]]).to(dtype)
-    packed, indices, cu_seqlens, longest, used = compat.unpad_input(x, mask)
-    assert cu_seqlens.tolist() == [0, 2, 2, 6] and cu_seqlens.dtype == torch.int32
-    assert longest == 4 and used.tolist() == [2, 0, 4]
-    assert torch.equal(packed, x[mask.bool()])
-    padded = compat.pad_input(packed, indices, 3, 5)
-    assert torch.equal(padded, x * mask.bool()[..., None, None])
-    (gradient,) = torch.autograd.grad(padded.sum(), x)
-    assert torch.equal(gradient, mask.bool()[..., None, None].expand_as(x).float())
-    unused = ~mask.bool() if dtype == torch.bool else 1 - mask
-    everything, _, cu_seqlens, longest, used = compat.unpad_input(x, mask, unused)
-    assert len(everything) == 15 and longest == 5 and used.tolist() == [2, 0, 4]
-    assert torch.equal(compat.index_first_axis(x, torch.tensor([2, 0])), x[[2, 0]])
+    known = inspect.getfullargspec(function)
+    assert known.args + known.kwonlyargs == names.split()
 
 
 INSTALLED = """
@@ -297,6 +360,16 @@ assert flash_attn_func is compat.flash_attn_func
 assert importlib.util.find_spec("flash_attn") is not None
 assert importlib.metadata.version("flash_attn") == importlib.metadata.version("flash-attn") == flash_attn.__version__
 assert importlib.metadata.version("torch")
+assert importlib.metadata.packages_distributions()["flash_attn"] == ["flash_attn"]
+for name in ("flash_attn", "flash_attn.flash_attn_interface", "flash_attn.bert_padding", "flash_attn.layers",
+             "flash_attn.layers.rotary"):
+    module = sys.modules[name]
+    assert importlib.util.find_spec(name) is module.__spec__ and module.__spec__.name == name
+    assert importlib.reload(module) is module
+assert importlib.util.find_spec("flash_attn.ops") is None
+assert flash_attn.flash_attn_func is compat.flash_attn_func and not hasattr(flash_attn, "install")
+assert flash_attn.layers.rotary.apply_rotary_emb is apply_rotary_emb is rotary.apply_rotary_emb
+compat.install()
 """
 TOO_LATE = """
 import sys, types

@@ -74,6 +74,88 @@ def test_in_place_and_gradient():
     torch.testing.assert_close(gradient, wanted)
 
 
+def parts_of(x: torch.Tensor, how: str) -> tuple:
+    """Queries, keys and values (batch, seq, heads, 16) as views of one projection (batch, seq, 8 * 16)."""
+    x = x.unflatten(-1, (8, 16))
+    if how == "split":
+        return x.split([4, 2, 2], 2)
+    if how == "slices":
+        return x[:, :, :4], x[:, :, 4:6], x[:, :, 6:]
+    return (*x.unflatten(2, (2, 4)).unbind(2), x[:, :, :0])
+
+
+def rotated_parts(x: torch.Tensor, how: str, inplace: bool) -> torch.Tensor:
+    table = angles(torch.arange(5), 8)
+    q, k, v = parts_of(x, how)
+    q, k = (rotary.apply_rotary_emb(t, table.cos(), table.sin(), inplace=inplace) for t in (q, k))
+    return torch.cat((q.sin(), k.exp(), v.square()), 2)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("how", ["split", "slices", "unbind"])
+def test_slices_of_one_projection_in_place(how, compiled):
+    """Autograd would refuse the second of them, if it saw the first be written."""
+    torch.manual_seed(0)
+    projection = torch.nn.Linear(8, 8 * 16, dtype=torch.float64)
+    x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    call = torch.compile(rotated_parts, backend="aot_eager", fullgraph=True) if compiled else rotated_parts
+    got, want = call(projection(x), how, True), rotated_parts(projection(x), how, False)
+    torch.testing.assert_close(got, want)
+    sources = (x, *projection.parameters())
+    direction = torch.randn_like(want)
+    for a, b in zip(*(torch.autograd.grad(out, sources, direction) for out in (got, want)), strict=True):
+        torch.testing.assert_close(a, b)
+    projected = projection(x)
+    got = rotated_parts(projected, how, True)
+    q = parts_of(projected, how)[0]
+    torch.testing.assert_close(got[:, :, :4], q.sin())  # written where it lies
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+def test_module_on_slices_of_one_projection(offset):
+    module = rotary.RotaryEmbedding(16)
+    cos, sin, _ = module_tables(5 + offset, 16, None)
+    x = torch.randn(2, 5, 8 * 16, dtype=torch.float64, requires_grad=True)
+
+    def parts():
+        whole = (x * 2.0).unflatten(-1, (8, 16))
+        return whole[:, :, :4], whole[:, :, 4:].unflatten(2, (2, 2))
+
+    q, kv = module(*parts(), seqlen_offset=offset)
+    want_q, want_kv = parts()
+    want_q, want_k = (
+        rotary.apply_rotary_emb(t, cos, sin, seqlen_offsets=offset) for t in (want_q, want_kv[:, :, 0])
+    )
+    want_kv = torch.stack((want_k, want_kv[:, :, 1]), 2)
+    near = dict(rtol=1e-5, atol=1e-5)  # the module's angles are float32
+    torch.testing.assert_close(q, want_q, **near)
+    torch.testing.assert_close(kv, want_kv, **near)
+    got, want = (
+        torch.autograd.grad(a.sin().sum() + b.exp().sum(), x)[0] for a, b in ((q, kv), (want_q, want_kv))
+    )
+    torch.testing.assert_close(got, want, **near)
+
+
+def test_second_derivatives_in_place():
+    table = angles(torch.arange(3), 2)
+    x = torch.randn(1, 3, 3, 1, 4, dtype=torch.float64, requires_grad=True)
+
+    def turned_twice(x):
+        x = rotary.apply_rotary_emb_qkv_((x * 1.0)[:, :, :], table.cos(), table.sin())
+        return rotary.apply_rotary_emb_kv_(x[:, :, :2], table.cos(), table.sin()).sin()
+
+    assert torch.autograd.gradcheck(turned_twice, (x,))
+    assert torch.autograd.gradgradcheck(turned_twice, (x,))
+
+
+def test_values_that_a_gradient_needs_are_missed():
+    table = angles(torch.arange(5))
+    x = torch.randn(2, 5, 3, 8, requires_grad=True).tanh()  # whose gradient is one of its result
+    turned_x = rotary.apply_rotary_emb(x, table.cos(), table.sin(), inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        turned_x.sum().backward()
+
+
 @pytest.mark.parametrize("heads", [None, 4, 0], ids=["3", "grouped", "keys alone"])
 @pytest.mark.parametrize("own_table", [False, True])
 def test_packed_heads(heads, own_table):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -32,4 +33,6 @@ def as_runtime_errors(function: Callable[Arguments, Result]) -> Callable[Argumen
         except TypeError as error:
             raise WrongTypeError(str(error)) from error
 
+    # inspect.getfullargspec, by which callers learn what there is, does not look behind a wrapper.
+    wrapped.__signature__ = inspect.signature(function)
     return wrapped

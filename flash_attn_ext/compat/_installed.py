@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.abc
 import importlib.machinery
 import importlib.metadata
 import sys
@@ -16,23 +18,51 @@ class _Distribution(importlib.metadata.Distribution):
     """What `importlib.metadata` says of a package that has no files of its own."""
 
     def __init__(self, version: str) -> None:
-        self._text = f"Metadata-Version: 2.1\nName: {_NAME}\nVersion: {version}\n"
+        metadata = f"Metadata-Version: 2.1\nName: {_NAME}\nVersion: {version}\n"
+        # By top_level.txt importlib.metadata.packages_distributions tells whose package it is.
+        self._texts = {"METADATA": metadata, "PKG-INFO": metadata, "top_level.txt": f"{_NAME}\n"}
 
     def read_text(self, filename: str) -> str | None:
-        return self._text if filename in ("METADATA", "PKG-INFO") else None
+        return self._texts.get(filename)
 
     def locate_file(self, path) -> Path:
         return Path(__file__).parent / path
 
 
+class _Loader(importlib.abc.Loader):
+    """Fills a module with the functions of `source`."""
+
+    def __init__(self, source: types.ModuleType | None) -> None:
+        self._source = source
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        return None  # an ordinary one
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        source = self._source
+        if source is None:
+            return
+        private = (n for n in vars(source) if n.startswith(("_flash_attn", "_get_block", "USE_")))
+        names = [n for n in (*source.__all__, *private) if n != "install"]
+        vars(module).update({n: getattr(source, n) for n in names}, __doc__=source.__doc__)
+        if module.__name__ == _NAME:
+            module.__version__ = source.__version__
+            module.__flash_attn_ext__ = True
+
+
 class _Finder(importlib.metadata.DistributionFinder):
-    """Offers the distribution; the modules are in `sys.modules`, where import looks first."""
+    """Offers the modules and the distribution. `sources`: what has the functions of each module, if any."""
 
-    def __init__(self, version: str) -> None:
+    def __init__(self, version: str, sources: dict[str, types.ModuleType | None]) -> None:
         self._version = version
+        self._sources = sources
 
-    def find_spec(self, fullname, path=None, target=None) -> None:
-        return None
+    def find_spec(self, fullname, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in self._sources:
+            return None
+        is_package = any(name.startswith(f"{fullname}.") for name in self._sources)
+        loader = _Loader(self._sources[fullname])
+        return importlib.machinery.ModuleSpec(fullname, loader, origin=__file__, is_package=is_package)
 
     def find_distributions(
         self, context: importlib.metadata.DistributionFinder.Context | None = None
@@ -62,28 +92,14 @@ def install() -> None:
         if getattr(present, "__flash_attn_ext__", False):
             return
         raise ImportError("flash_attn has been imported already; call install() before anything imports it")
-    package = _module(_NAME, flash_attn, is_package=True)
-    package.__version__ = flash_attn.__version__
-    package.__flash_attn_ext__ = True
-    package.flash_attn_interface = _module(f"{_NAME}.flash_attn_interface", flash_attn)
-    package.bert_padding = _module(f"{_NAME}.bert_padding", bert_padding)
-    layers = package.layers = types.ModuleType(f"{_NAME}.layers")
-    layers.__path__ = []
-    layers.rotary = _module(f"{_NAME}.layers.rotary", rotary)
-    for module in (package, package.flash_attn_interface, package.bert_padding, layers, layers.rotary):
-        sys.modules[module.__name__] = module
-    sys.meta_path.insert(0, _Finder(flash_attn.__version__))
-
-
-def _module(name: str, source: types.ModuleType, is_package: bool = False) -> types.ModuleType:
-    """A module `name` with the functions of `source`."""
-    module = types.ModuleType(name, source.__doc__)
-    module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=is_package)
-    if is_package:
-        module.__path__ = []
-    names = [
-        *source.__all__,
-        *(n for n in vars(source) if n.startswith(("_flash_attn", "_get_block", "USE_"))),
-    ]
-    vars(module).update({n: getattr(source, n) for n in names if n != "install"})
-    return module
+    sources = {
+        _NAME: flash_attn,
+        f"{_NAME}.flash_attn_interface": flash_attn,
+        f"{_NAME}.bert_padding": bert_padding,
+        f"{_NAME}.layers": None,
+        f"{_NAME}.layers.rotary": rotary,
+    }
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder(flash_attn.__version__, sources))
+    for name in sources:
+        importlib.import_module(name)

@@ -19,17 +19,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
+from .. import _extended
+from .._philox import draw_state
 from ..functional import flash_attention
 from ..kvcache import flash_attention_with_kvcache
-from ..testing import next_rng_state
-from ..varlen import flash_attention_varlen
-from . import _cached, _raw
+from ..varlen import _max_seqlen, flash_attention_varlen
+from . import _cached
 from ._errors import as_runtime_errors
 from ._installed import install
 from ._probabilities import signed_probabilities
+from ._raw import (  # noqa: F401 - other packages import them from flash_attn
+    _flash_attn_backward,
+    _flash_attn_forward,
+    _flash_attn_varlen_backward,
+    _flash_attn_varlen_forward,
+    _get_block_size_n,
+)
+from ._scores import scores_of
 from .bert_padding import index_first_axis, pad_input, unpad_input
 
 __version__ = "2.8.3"  # whose interface this is
@@ -50,11 +58,6 @@ __all__ = [
 Result = Tensor | tuple[Tensor, Tensor, Tensor]
 
 
-def _pair(window_size: tuple[int, int] | Tensor) -> tuple[int, int]:
-    """flash_attn takes any two integers, of a tensor too."""
-    return tuple(window_size.tolist()) if isinstance(window_size, Tensor) else window_size
-
-
 def _attend(
     attention: Callable,
     q: Tensor,
@@ -68,14 +71,14 @@ def _attend(
     options = {**scores, "dropout_p": dropout_p, "deterministic": deterministic or None}
     if not return_attn_probs:
         return attention(**options)
-    # What the call draws next: the mask is a function of it.
-    state = next_rng_state(q.device) if dropout_p > 0 else None
-    out, lse = attention(**options, return_lse=True)
-    lse = lse.float()
-    if state is None:
-        return out, lse, q.new_empty(0)
+    if not dropout_p > 0:
+        out, lse = attention(**options, return_lse=True)
+        return out, lse.float(), q.new_empty(0)
+    state = draw_state(q.device)  # the mask is a function of it
+    out, lse = attention(**options, return_lse=True, draw=lambda device: state)
     lists = None if starts is None else tuple(cu.tolist() for cu in starts)
-    return out, lse, signed_probabilities(q.detach(), k.detach(), state, dropout_p, **scores, starts=lists)
+    signed = signed_probabilities(q.detach(), k.detach(), state, dropout_p, **scores, starts=lists)
+    return out, lse.float(), signed
 
 
 @as_runtime_errors
@@ -104,32 +107,53 @@ def flash_attn_func(
         >>> flash_attn_func(q, k, v, causal=True).shape
         torch.Size([2, 128, 8, 64])
     """
-    scores = {
-        "scale": softmax_scale,
-        "causal": causal,
-        "window": _pair(window_size),
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-        "sinks": sinks,
-    }
+    scores = scores_of(softmax_scale, causal, window_size, softcap, alibi_slopes) | {"sinks": sinks}
 
-    def attention(**options):
-        return flash_attention(q, k, v, **options)
+    def attention(draw=None, **options):
+        if draw is None:
+            return flash_attention(q, k, v, **options)
+        return _extended.attention(q, k, v, _extended.Arguments(**options), draw=draw)
 
     return _attend(attention, q, k, scores, dropout_p, deterministic, return_attn_probs)
 
 
 @as_runtime_errors
-def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *arguments, **options) -> Result:
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    sinks: Tensor | None = None,
+) -> Result:
     """`flash_attn_func` on the two slices of kv (batch, seq, 2, heads, dim)."""
-    k, v = kv.unbind(2)
-    return flash_attn_func(q, k, v, *arguments, **options)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    return flash_attn_func(q, *kv.unbind(2), *options, return_attn_probs, sinks=sinks)
 
 
 @as_runtime_errors
-def flash_attn_qkvpacked_func(qkv: Tensor, *arguments, **options) -> Result:
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    sinks: Tensor | None = None,
+) -> Result:
     """`flash_attn_func` on the three slices of qkv (batch, seq, 3, heads, dim)."""
-    return flash_attn_func(*qkv.unbind(2), *arguments, **options)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    return flash_attn_func(*qkv.unbind(2), *options, return_attn_probs, sinks=sinks)
 
 
 @as_runtime_errors
@@ -161,14 +185,7 @@ def flash_attn_varlen_func(
         NotImplementedError: a dropout together with block_table. Others as
         `flash_attn_ext.flash_attention_varlen` and `flash_attn_ext.flash_attention_with_kvcache`.
     """
-    scores = {
-        "scale": softmax_scale,
-        "causal": causal,
-        "window": _pair(window_size),
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-        "sinks": sinks,
-    }
+    scores = scores_of(softmax_scale, causal, window_size, softcap, alibi_slopes) | {"sinks": sinks}
     starts = (cu_seqlens_q, cu_seqlens_k)
     if block_table is not None:
         if dropout_p:
@@ -176,8 +193,12 @@ def flash_attn_varlen_func(
         out, lse = _cached.varlen(q, k, v, *starts, max_seqlen_q, scores, block_table)
         return (out, lse.float(), q.new_empty(0)) if return_attn_probs else out
 
-    def attention(**options):
-        return flash_attention_varlen(q, k, v, *starts, max_seqlen_q, max_seqlen_k, **options)
+    def attention(draw=None, **options):
+        if draw is None:
+            return flash_attention_varlen(q, k, v, *starts, max_seqlen_q, max_seqlen_k, **options)
+        longest = (_max_seqlen("max_seqlen_q", max_seqlen_q), _max_seqlen("max_seqlen_k", max_seqlen_k))
+        packing = _extended.Packing(*starts, *longest)
+        return _extended.attention(q, k, v, _extended.Arguments(**options), packing, draw)
 
     return _attend(attention, q, k, scores, dropout_p, deterministic, return_attn_probs, starts)
 
@@ -188,23 +209,45 @@ def flash_attn_varlen_kvpacked_func(
     kv: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *arguments,
-    **options,
+    max_seqlen_q: int | Tensor | None,
+    max_seqlen_k: int | Tensor | None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    sinks: Tensor | None = None,
 ) -> Result:
     """`flash_attn_varlen_func` with kv (total_k, 2, heads, dim)."""
     packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return flash_attn_varlen_func(q, *kv.unbind(1), *packing, *arguments, **options)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    return flash_attn_varlen_func(q, *kv.unbind(1), *packing, *options, return_attn_probs, sinks=sinks)
 
 
 @as_runtime_errors
 def flash_attn_varlen_qkvpacked_func(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *arguments, **options
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int | Tensor | None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    sinks: Tensor | None = None,
 ) -> Result:
     """`flash_attn_varlen_func` on the three slices of qkv (total, 3, heads, dim)."""
     packing = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    return flash_attn_varlen_func(*qkv.unbind(1), *packing, *arguments, **options)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    return flash_attn_varlen_func(*qkv.unbind(1), *packing, *options, return_attn_probs, sinks=sinks)
 
 
 @as_runtime_errors
@@ -251,148 +294,12 @@ def flash_attn_with_kvcache(
         rotary_cos=rotary_cos,
         rotary_sin=rotary_sin,
         rotary_interleaved=rotary_interleaved,
-        causal=causal,
-        window=_pair(window_size),
-        softcap=softcap,
-        scale=softmax_scale,
-        alibi_slopes=alibi_slopes,
         sinks=sinks,
         num_splits=num_splits,
         return_lse=return_softmax_lse,
+        **scores_of(softmax_scale, causal, window_size, softcap, alibi_slopes),
     )  # fmt: skip
     return (result[0], result[1].float()) if return_softmax_lse else result
 
 
-_get_block_size_n = _raw.block_size_n
 USE_TRITON_ROCM = False
-
-
-@as_runtime_errors
-def _flash_attn_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dropout_p: float,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size_left: int = -1,
-    window_size_right: int = -1,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    return_softmax: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, softmax_lse, S_dmask, rng_state), outside autograd; S_dmask is empty without a dropout."""
-    window = (window_size_left, window_size_right)
-    scores = (softmax_scale, causal, window, softcap, alibi_slopes)
-    return _raw.forward(q, k, v, dropout_p, return_softmax, *scores, packing={})
-
-
-@as_runtime_errors
-def _flash_attn_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    dq: Tensor | None,
-    dk: Tensor | None,
-    dv: Tensor | None,
-    dropout_p: float,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size_left: int = -1,
-    window_size_right: int = -1,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    rng_state: Tensor | None = None,
-) -> Tensor:
-    """Writes dq, dk and dv; returns rowsum(dout * out), (batch, heads, seq_q) float32."""
-    window = (window_size_left, window_size_right)
-    scores = (softmax_scale, causal, window, softcap, alibi_slopes)
-    saved, grads = (q, k, v, out, softmax_lse), (dq, dk, dv)
-    return _raw.backward(dout, saved, grads, dropout_p, deterministic, rng_state, *scores, packing={})
-
-
-@as_runtime_errors
-def _flash_attn_varlen_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size_left: int = -1,
-    window_size_right: int = -1,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    return_softmax: bool = False,
-    block_table: Tensor | None = None,
-    leftpad_k: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-    zero_tensors: bool = False,
-    num_splits: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, softmax_lse, S_dmask, rng_state) of packed sequences; softmax_lse (heads, total_q)."""
-    del zero_tensors  # what belongs to no sequence is 0 anyway
-    if num_splits > 1:
-        raise RuntimeError(f"num_splits > 1 is not supported for packed sequences, got {num_splits}")
-    window = (window_size_left, window_size_right)
-    scores = (softmax_scale, causal, window, softcap, alibi_slopes)
-    if any(t is not None for t in (block_table, leftpad_k, seqused_k)):
-        if dropout_p:
-            raise NotImplementedError(
-                f"dropout_p must be 0 with block_table, leftpad_k or seqused_k, got {dropout_p}"
-            )
-        named = dict(zip(("scale", "causal", "window", "softcap", "alibi_slopes"), scores, strict=True))
-        placed = (max_seqlen_q, named, block_table, leftpad_k, seqused_k)
-        out, lse = _cached.varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *placed)
-        state = torch.zeros(2, dtype=torch.int64, device=q.device)
-        return out, lse.float(), q.new_empty(0), state
-    packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return _raw.forward(q, k, v, dropout_p, return_softmax, *scores, packing=packing)
-
-
-@as_runtime_errors
-def _flash_attn_varlen_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    dq: Tensor | None,
-    dk: Tensor | None,
-    dv: Tensor | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size_left: int = -1,
-    window_size_right: int = -1,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    rng_state: Tensor | None = None,
-    zero_tensors: bool = False,
-) -> Tensor:
-    """Writes dq, dk and dv; returns rowsum(dout * out), (heads, total_q) float32."""
-    del zero_tensors
-    window = (window_size_left, window_size_right)
-    scores = (softmax_scale, causal, window, softcap, alibi_slopes)
-    packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    saved, grads = (q, k, v, out, softmax_lse), (dq, dk, dv)
-    return _raw.backward(dout, saved, grads, dropout_p, deterministic, rng_state, *scores, packing=packing)
-
-
-def _packing(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int) -> dict:
-    longest = {"max_seqlen_q": int(max_seqlen_q), "max_seqlen_k": int(max_seqlen_k)}
-    return {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, **longest}

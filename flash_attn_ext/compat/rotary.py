@@ -36,7 +36,8 @@ def apply_rotary_emb(
         cos, sin: (positions, rotary_dim / 2), floating, rotary_dim <= dim; row i belongs to position i.
         interleaved: pairs are elements (0, 1), (2, 3), ... (GPT-J), instead of (0, rotary_dim / 2), ...
             (GPT-NeoX, Llama).
-        inplace: write into x, which is then the result; x may be a leaf that requires grad.
+        inplace: write into x, which is then the result; x may be a leaf that requires grad. A view is
+            written to behind autograd's back: its values must not have been saved for another's gradient.
         seqlen_offsets: the position of a sequence's first row: one for all, or integers (batch,).
         cu_seqlens: (batch + 1,) integers; sequence b is rows [cu_seqlens[b], cu_seqlens[b + 1]) of x.
         max_seqlen: as in flash_attn, where it sizes a grid; not needed here.
@@ -237,22 +238,23 @@ class _InPlace(torch.autograd.Function):
     """Turns a tensor where it lies, a leaf, too, as in flash_attn; the gradient is turned back."""
 
     @staticmethod
-    def forward(ctx, x, turn):
-        ctx.turn = turn
-        turn(x, False)
+    def forward(ctx, x, turn, back, unseen):
+        ctx.turn, ctx.back = turn, back
+        turn(x.data if unseen else x, back)
         return x
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone()
-        ctx.turn(grad, True)
-        return grad, None
+        return _InPlace.apply(grad.clone(), ctx.turn, not ctx.back, False), None, None, None
 
 
 def _in_place(x: Tensor, turn: Callable[[Tensor, bool], object]) -> Tensor:
     """turn(t, back) turns t in place."""
     if torch.is_grad_enabled() and x.requires_grad:
-        return _InPlace.apply(x, turn)
+        # Queries and keys may be slices of one projection. To write to one would invalidate the other, so a
+        # view is written to unseen by autograd, as flash_attn's kernels do. What is no view has no such
+        # neighbours, and there autograd goes on to find who has saved the values that were overwritten.
+        return _InPlace.apply(x, turn, False, x._base is not None)
     turn(x, False)
     return x
 
