@@ -112,15 +112,11 @@ struct F32 {
   }
 
   static FAE_INLINE Reg exp2(Reg x) {
-    // Below the smallest normal exponent the result is 0; a NaN passes max and mask.
-    const Reg smallest = set1(-126.0f);
-    const Reg clamped = max(smallest, x);
-    const Reg n = _mm256_round_ps(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const Reg p = exp2_polynomial<F32>(sub(clamped, n));
-    const __m256i power =
-        _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-    const Reg kept = _mm256_cmp_ps(x, smallest, _CMP_NLT_UQ);
-    return _mm256_and_ps(mul(p, _mm256_castsi256_ps(power)), kept);
+    // The sum's low bits are the nearest integer and the exponent's bias; with -127 they are 0, and so is the
+    // power. A NaN passes max, and what it is multiplied with does not matter.
+    const Reg magic = set1(12582912.0f + 127), clamped = max(set1(-127.0f), x), shifted = add(clamped, magic);
+    const Reg p = exp2_polynomial<F32>(sub(clamped, sub(shifted, magic)));
+    return mul(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23)));
   }
   static FAE_INLINE float reduce_max(Reg r) {
     __m128 m = _mm_max_ps(_mm256_castps256_ps128(r), _mm256_extractf128_ps(r, 1));
@@ -212,14 +208,10 @@ struct F64 {
   }
 
   static FAE_INLINE Reg exp2(Reg x) {
-    const Reg smallest = set1(-1022.0);
-    const Reg clamped = max(smallest, x);
-    const Reg n = _mm256_round_pd(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const Reg p = exp2_polynomial<F64>(sub(clamped, n));
-    const __m256i whole = _mm256_cvtepi32_epi64(_mm256_cvtpd_epi32(n));
-    const __m256i power = _mm256_slli_epi64(_mm256_add_epi64(whole, _mm256_set1_epi64x(1023)), 52);
-    const Reg kept = _mm256_cmp_pd(x, smallest, _CMP_NLT_UQ);
-    return _mm256_and_pd(mul(p, _mm256_castsi256_pd(power)), kept);
+    const Reg magic = set1(6755399441055744.0 + 1023), clamped = max(set1(-1023.0), x);
+    const Reg shifted = add(clamped, magic);
+    const Reg p = exp2_polynomial<F64>(sub(clamped, sub(shifted, magic)));
+    return mul(p, _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(shifted), 52)));
   }
   static FAE_INLINE double reduce_max(Reg r) {
     const __m128d m = _mm_max_pd(_mm256_castpd256_pd128(r), _mm256_extractf128_pd(r, 1));
