@@ -47,6 +47,21 @@ def _described(schema_type: str) -> str:
     return f"{name} or None" if optional else name
 
 
+class WrongValueError(ValueError, RuntimeError):
+    """An argument's value, shape or device, where callers may expect the RuntimeError of another package."""
+
+
+class WrongTypeError(TypeError, RuntimeError):
+    """An argument's type or dtype, likewise."""
+
+
+def also_runtime_error(error: Exception, text: str) -> Exception:
+    """`error` with this text, as a RuntimeError too."""
+    if isinstance(error, (ValueError, TypeError)) and not isinstance(error, RuntimeError):
+        return (WrongValueError if isinstance(error, ValueError) else WrongTypeError)(text)
+    return type(error)(text)
+
+
 def causal_variant(value: object) -> str | None:
     """What a mask of `torch.nn.attention.bias` stands for, as `causal`; its memory was never written."""
     module = sys.modules.get(

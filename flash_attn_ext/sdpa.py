@@ -47,7 +47,8 @@ def scaled_dot_product_attention(
         torch's do; contiguous when dim_v differs from dim.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: a wrong call, naming the argument.
+        TypeError, ValueError, NotImplementedError: a wrong call, naming the argument; each is a RuntimeError,
+            too, which is what torch mostly raises.
 
     Example:
         >>> q = k = v = torch.randn(2, 8, 1024, 64)
@@ -76,9 +77,7 @@ def scaled_dot_product_attention(
             return 0.0 * _attention(query, key, value, attn_mask, causal, scale, 0.0)
         return _attention(query, key, value, attn_mask, causal, scale, dropout_p)
     except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError) as error:
-        if not getattr(query, "is_nested", False):
-            _check_tensors(query, key, value, attn_mask)
-        raise type(error)(_in_torch_terms(str(error))) from None
+        raise _in_torch_terms(error, query, key, value, attn_mask) from None
 
 
 def _check_flags(**flags: object) -> None:
@@ -160,11 +159,19 @@ def _with_leading_axes(attn_mask: Tensor, query: Tensor) -> Tensor:
         ) from None
 
 
-def _in_torch_terms(text: str) -> str:
-    """An error text with the names of torch's arguments."""
+def _in_torch_terms(
+    error: Exception, query: object, key: object, value: object, attn_mask: object
+) -> Exception:
+    """`error` as a RuntimeError too, with the names of torch's arguments; or what it comes of."""
+    text = str(error)
+    if not getattr(query, "is_nested", False):
+        try:
+            _check_tensors(query, key, value, attn_mask)
+        except (TypeError, ValueError) as cause:
+            return _errors.also_runtime_error(cause, str(cause))
     for name, torch_name in (("q", "query"), ("k", "key"), ("v", "value"), ("(?:mask|bias)", "attn_mask")):
         text = re.sub(rf"(?<![\w.']){name}\b(?!'(?!s))", torch_name, text)
-    return text
+    return _errors.also_runtime_error(error, text)
 
 
 def _attention(

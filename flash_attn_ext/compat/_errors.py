@@ -7,16 +7,10 @@ import inspect
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+from .._errors import also_runtime_error
+
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
-
-
-class WrongValueError(ValueError, RuntimeError):
-    """An argument's value, shape or device."""
-
-
-class WrongTypeError(TypeError, RuntimeError):
-    """An argument's type or dtype."""
 
 
 def as_runtime_errors(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -28,10 +22,8 @@ def as_runtime_errors(function: Callable[Arguments, Result]) -> Callable[Argumen
             return function(*arguments, **options)
         except RuntimeError:  # one of these from a function within, or NotImplementedError
             raise
-        except ValueError as error:
-            raise WrongValueError(str(error)) from error
-        except TypeError as error:
-            raise WrongTypeError(str(error)) from error
+        except (TypeError, ValueError) as error:
+            raise also_runtime_error(error, str(error)) from error
 
     # inspect.getfullargspec, by which callers learn what there is, does not look behind a wrapper.
     wrapped.__signature__ = inspect.signature(function)
