@@ -12,6 +12,7 @@ from . import _C, _errors, portable, reference
 from ._load import load_operators
 from ._options import Options
 from ._problem import kernel_lse_dtype, no_autocast
+from .autograd import register_version_bump
 
 load_operators()
 
@@ -204,4 +205,16 @@ _library.impl("portable_kvcache", _portable, "CompositeExplicitAutograd")
 PORTABLE = torch.ops.flash_attn_ext.portable_kvcache.default
 for _operator in (KERNEL, PORTABLE):
     torch.library.register_fake(_operator, fake)
+
+
+def _written(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = None, *rest
+) -> tuple[Tensor, ...]:
+    return () if k is None else (k_cache, v_cache)
+
+
+register_version_bump(KERNEL, _written)  # the other one writes with torch's operations, which count
+register_version_bump(
+    KERNEL, lambda q, k_cache, v_cache, k=None, *rest: (k_cache, v_cache) if k is not None else ()
+)
 BY_BACKEND = {"cpu": KERNEL, "cuda": KERNEL, "portable": PORTABLE, "standard": _standard}

@@ -66,6 +66,8 @@ def _write(
             "out must be None when q, k, v or an option requires grad: gradients do not flow through it; "
             "use torch.no_grad() to write into it all the same"
         )
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError("out must not require grad: use torch.no_grad() to write into it all the same")
     if name not in ("portable", "standard"):
         return operators.forward_out(*call[:3], out, *call[3:], need_lse, *own)
     options, _ = operators.family.read(call[3:])

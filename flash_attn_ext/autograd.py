@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -191,15 +192,16 @@ def _register_autocast(operators: ops.Operators) -> None:
         _library.impl(operators.attention, kernel, key)
 
 
-def _register_version_bump(forward_out: torch._ops.OpOverload) -> None:
-    """Count a write into `out`, so that backward notices when `out` had been saved for something else."""
+def register_version_bump(operator: torch._ops.OpOverload, written: Callable[..., tuple]) -> None:
+    """Count a write into what `written` picks from the arguments, so that backward notices when that had been
+    saved for something else."""
     below = torch._C._after_ADInplaceOrView_keyset
 
-    def kernel(keyset, q, k, v, out, *arguments):
-        torch.autograd.graph.increment_version(out)
-        return forward_out.redispatch(keyset & below, q, k, v, out, *arguments)
+    def kernel(keyset, *arguments):
+        torch.autograd.graph.increment_version(written(*arguments))
+        return operator.redispatch(keyset & below, *arguments)
 
-    _library.impl(forward_out, kernel, "ADInplaceOrView", with_keyset=True)
+    _library.impl(operator, kernel, "ADInplaceOrView", with_keyset=True)
 
 
 def register(operators: ops.Operators) -> None:
@@ -207,4 +209,4 @@ def register(operators: ops.Operators) -> None:
     _register_autograd(operators)
     _register_autocast(operators)
     if operators.forward_out is not None:
-        _register_version_bump(operators.forward_out)
+        register_version_bump(operators.forward_out, lambda q, k, v, out, *rest: (out,))

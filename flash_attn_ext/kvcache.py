@@ -98,6 +98,15 @@ def flash_attention_with_kvcache(
     }
     _check_types(q, k_cache, v_cache, tensors, causal, scale, softcap)
     cache_length = _int_of("cache_lengths", cache_lengths)
+    if k is not None and torch.is_grad_enabled() and (k_cache.requires_grad or v_cache.requires_grad):
+        name = "k_cache" if k_cache.requires_grad else "v_cache"
+        raise ValueError(
+            f"{name} must not require grad when k and v are appended: use torch.no_grad() to write all the same"
+        )
+    if torch.compiler.is_compiling() and not isinstance(cache_lengths, Tensor):
+        # An operator's numbers are constants, and a call would be compiled again for each.
+        cache_lengths = torch.full((q.shape[0],), cache_length, dtype=torch.int32, device=q.device)
+        cache_length = 0
     if not isinstance(rotary_interleaved, bool):
         raise TypeError(f"rotary_interleaved must be a bool, got {rotary_interleaved!r}")
     left, right = (-1, -1) if window is None else window_bounds(window)

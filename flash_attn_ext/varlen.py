@@ -83,7 +83,7 @@ def flash_attention_varlen(
 
 
 def _max_seqlen(name: str, value: object) -> int:
-    """-1 for what is not known, or not without waiting for a device."""
+    """-1 for what is not known, or is not to be asked."""
     if value is None:
         return -1
     if isinstance(value, Tensor):
@@ -100,4 +100,5 @@ def _max_seqlen(name: str, value: object) -> int:
         value = operator.index(value)
     if value < 0:
         raise ValueError(f"{name} must be at least 0, got {value}")
-    return value
+    # A compiled call would be compiled again for each.
+    return -1 if torch.compiler.is_compiling() else value

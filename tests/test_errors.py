@@ -154,6 +154,7 @@ WRONG = [
     Wrong("out-layout", dict(out=zeros(2, 4, 5, 6)), argument="out", contains=["(2, 4, 5, 6)"], own_out=True),
     Wrong("out-rank", dict(out=zeros(5, 4, 6)), argument="out", contains=["(5, 4, 6)"], own_out=True),
     Wrong("out-dtype", dict(out=zeros(2, 5, 4, 6, dtype=torch.float64)), TypeError, "out", ["float64"], own_out=True),
+    Wrong("out-requires-grad", dict(out=zeros(2, 5, 4, 6).requires_grad_()), argument="out", contains=["no_grad"], own_out=True),
     Wrong("out-meta", dict(out=zeros(2, 5, 4, 6, device="meta")), ANY, "out", ["meta"], own_out=True),
     Wrong("out-expanded", dict(out=zeros(2, 5, 1, 6).expand(2, 5, 4, 6)), argument="out", own_out=True),
     Wrong("out-overlaps-itself", dict(out=zeros(500).as_strided((2, 5, 4, 6), (60, 12, 3, 1))), argument="out", own_out=True),
