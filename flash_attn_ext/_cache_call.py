@@ -214,7 +214,4 @@ def _written(
 
 
 register_version_bump(KERNEL, _written)  # the other one writes with torch's operations, which count
-register_version_bump(
-    KERNEL, lambda q, k_cache, v_cache, k=None, *rest: (k_cache, v_cache) if k is not None else ()
-)
 BY_BACKEND = {"cpu": KERNEL, "cuda": KERNEL, "portable": PORTABLE, "standard": _standard}

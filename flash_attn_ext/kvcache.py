@@ -101,7 +101,7 @@ def flash_attention_with_kvcache(
     if k is not None and torch.is_grad_enabled() and (k_cache.requires_grad or v_cache.requires_grad):
         name = "k_cache" if k_cache.requires_grad else "v_cache"
         raise ValueError(
-            f"{name} must not require grad when k and v are appended: use torch.no_grad() to write all the same"
+            f"{name} must not require grad where k and v are appended: use torch.no_grad() to write into it"
         )
     if torch.compiler.is_compiling() and not isinstance(cache_lengths, Tensor):
         # An operator's numbers are constants, and a call would be compiled again for each.
