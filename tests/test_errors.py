@@ -135,6 +135,7 @@ WRONG = [
     Wrong("window-long", dict(window=(1, 2, 3)), ANY, "window", ["(1, 2, 3)"]),
     Wrong("window-int", dict(window=5), ANY, "window", ["5"]),
     Wrong("window-float", dict(window=(1.5, 0)), ANY, "window", ["1.5"]),
+    Wrong("window-bool", dict(window=(True, 0)), TypeError, "window", ["True"]),
     Wrong("window-text", dict(window="ab"), ANY, "window", ["ab"]),
     Wrong("scale-nan", dict(scale=float("nan")), argument="scale", contains=["nan"]),
     Wrong("scale-inf", dict(scale=float("inf")), argument="scale", contains=["inf"]),
