@@ -64,9 +64,8 @@ def also_runtime_error(error: Exception, text: str) -> Exception:
 
 def causal_variant(value: object) -> str | None:
     """What a mask of `torch.nn.attention.bias` stands for, as `causal`; its memory was never written."""
-    module = sys.modules.get(
-        "torch.nn.attention.bias"
-    )  # slow to import, and without it there is no such mask
+    # The module is slow to import, and without it there is no such mask.
+    module = sys.modules.get("torch.nn.attention.bias")
     if module is None or not isinstance(value, module.CausalBias):
         return None
     return "top_left" if value.variant == module.CausalVariant.UPPER_LEFT else "bottom_right"

@@ -18,8 +18,8 @@ def window_bounds(window: object) -> tuple[int, int]:
 def _window_side(side: object, window: tuple | list) -> int:
     if side is None:
         return -1
-    if not isinstance(side, int) or isinstance(side, bool):
-        if isinstance(side, bool) or not hasattr(side, "__index__"):
-            raise TypeError(f"window must hold ints or None, got {window!r}")
+    if isinstance(side, bool) or not (isinstance(side, int) or hasattr(side, "__index__")):
+        raise TypeError(f"window must hold ints or None, got {window!r}")
+    if not isinstance(side, int):
         side = operator.index(side)
     return -1 if side >= _FAR else side

@@ -23,11 +23,6 @@ def _save(ctx, operators: ops.Operators, rest: tuple, tensors: tuple, output: tu
     ctx.rest = rest
 
 
-def _may_be_derived() -> bool:
-    """Whether gradients that are computed now may be differentiated: create_graph, or tangents."""
-    return torch.is_grad_enabled() or forward_mode.is_active()
-
-
 def _lse(ctx, saved: tuple[Tensor, ...]) -> tuple[Tensor, bool]:
     """The log-sum-exp, computed once more where nobody asked for it, and whether somebody did."""
     operators, rest = ctx.operators, ctx.rest
@@ -35,7 +30,7 @@ def _lse(ctx, saved: tuple[Tensor, ...]) -> tuple[Tensor, bool]:
     if rest[numbers]:
         return saved[-1], True
     # Of the operator that is differentiable where derivatives of the gradients may be asked for.
-    again = operators.attention if _may_be_derived() else operators.forward
+    again = operators.attention if torch.is_grad_enabled() else operators.forward
     return again(*saved[:-2], *rest[:numbers], True, *rest[numbers + 1 :])[1], False
 
 
@@ -54,7 +49,7 @@ def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, offset: int) -> lis
     call = second_order.Call(ctx.operators, ctx.rest, needs)
     sources = (dout, dlse, *saved[:-1], lse)
     grads = call.backward(dout, dlse, sources)
-    if _may_be_derived():
+    if torch.is_grad_enabled() or forward_mode.is_active():  # create_graph, or tangents that go on
         grads = second_order.differentiable(grads, call, sources)
     result: list[Tensor | None] = [None] * (len(saved) - 2)
     result[:3] = grads[:3]

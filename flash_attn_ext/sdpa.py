@@ -282,7 +282,7 @@ def _serve(strict: bool, query: Tensor, key: Tensor, value: Tensor, *args, **kwa
 def _why_torch(query: Tensor, *tensors: Tensor) -> str | None:
     """Why torch would do better than this package, if it would."""
     for t in tensors:
-        if t.layout == torch.jagged:
+        if t.layout == torch.jagged or _errors.causal_variant(t):
             continue
         if type(t) not in (Tensor, torch.nn.Parameter, FakeTensor):
             return f"tensors of type {type(t).__name__} are not served"

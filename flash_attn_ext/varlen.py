@@ -69,17 +69,19 @@ def flash_attention_varlen(
 
     Source: the interface is that of Dao's flash_attn, https://github.com/Dao-AILab/flash-attention.
     """
-    packing = _extended.Packing(
-        cu_seqlens_q,
-        cu_seqlens_k,
-        _max_seqlen("max_seqlen_q", max_seqlen_q),
-        _max_seqlen("max_seqlen_k", max_seqlen_k),
-    )
+    packing = packing_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     arguments = _extended.Arguments(
         causal, scale, "bshd", mask, bias, window, softcap, alibi_slopes, sinks, kv_lengths, dropout_p,
         return_lse, deterministic, batch_invariant, backend, config, out,
     )  # fmt: skip
     return _extended.attention(q, k, v, arguments, packing)
+
+
+def packing_of(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: object, max_seqlen_k: object
+) -> _extended.Packing:
+    longest = (_max_seqlen("max_seqlen_q", max_seqlen_q), _max_seqlen("max_seqlen_k", max_seqlen_k))
+    return _extended.Packing(cu_seqlens_q, cu_seqlens_k, *longest)
 
 
 def _max_seqlen(name: str, value: object) -> int:

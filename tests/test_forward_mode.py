@@ -266,14 +266,19 @@ def test_operators_themselves(backend, extended, return_lse):
         with forward_ad.dual_level():
             return forward_ad.unpack_dual(call(forward_ad.make_dual(q, direction))).tangent
 
+    def dual_gradient(call):
+        with forward_ad.dual_level():
+            moving = forward_ad.make_dual(q.clone().requires_grad_(), direction)
+            return forward_ad.unpack_dual(torch.autograd.grad(call(moving).sum(), moving)[0]).tangent
+
     def results(call):
         def total(x):
             return call(x).sum()
 
         several = torch.stack([q, 2 * q])
         return (
-            jvp(call, (q,), (direction,))[1], dual(call), grad(total)(q), vmap(grad(total))(several),
-            vmap(call)(several), jacrev(call)(q), jacfwd(call)(q),
+            jvp(call, (q,), (direction,))[1], dual(call), dual_gradient(call), grad(total)(q),
+            vmap(grad(total))(several), vmap(call)(several), jacrev(call)(q), jacfwd(call)(q),
         )  # fmt: skip
 
     for got, want in zip(results(operator), results(function), strict=True):

@@ -12,6 +12,7 @@ from reference import SLACK_ULPS, attend, largest, ulp
 from torch.nn.attention import bias
 
 import flash_attn_ext as fae
+from flash_attn_ext import sdpa
 
 # (query, key, value) shapes that torch takes.
 SHAPES = [
@@ -137,7 +138,7 @@ def test_masks_that_only_stand_for_a_triangle(make, strict):
         call, context = fae.scaled_dot_product_attention, contextlib.nullcontext()
     with context:
         got = call(q, k, v, attn_mask=mask)
-    assert type(got) is torch.Tensor
+    assert type(got) is torch.Tensor and sdpa._why_torch(q, k, v, mask) is None
     torch.testing.assert_close(got, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
     with pytest.raises(ValueError, match="attn_mask"):
         fae.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=True)

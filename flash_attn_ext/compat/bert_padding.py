@@ -61,10 +61,7 @@ def unpad_input(
     taken = attention_mask if unused_mask is None else attention_mask + unused_mask
     lengths = taken.bool().sum(-1, dtype=torch.int32)
     used = attention_mask.bool().sum(-1, dtype=torch.int32)
-    indices = taken.flatten().nonzero().flatten()
-    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    longest = int(lengths.max()) if lengths.numel() else 0
-    return index_first_axis(hidden_states.flatten(0, 1), indices), indices, cu_seqlens, longest, used
+    return *_packed(hidden_states, taken, lengths), used
 
 
 def unpad_input_for_concatenated_sequences(
@@ -90,8 +87,13 @@ def unpad_input_for_concatenated_sequences(
     """
     used = attention_mask_in_length.sum(-1, keepdim=True)
     places = torch.arange(attention_mask_in_length.shape[1], device=used.device)
-    indices = (places < used).flatten().nonzero().flatten()
     lengths = attention_mask_in_length[attention_mask_in_length != 0]
+    return _packed(hidden_states, places < used, lengths)
+
+
+def _packed(hidden_states: Tensor, taken: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The tokens where `taken` (batch, seq) is not 0, their places, cu_seqlens, the longest of `lengths`."""
+    indices = taken.flatten().nonzero().flatten()
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     longest = int(lengths.max()) if lengths.numel() else 0
     return index_first_axis(hidden_states.flatten(0, 1), indices), indices, cu_seqlens, longest

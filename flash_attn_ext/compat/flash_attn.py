@@ -25,7 +25,7 @@ from .. import _extended
 from .._philox import draw_state
 from ..functional import flash_attention
 from ..kvcache import flash_attention_with_kvcache
-from ..varlen import _max_seqlen, flash_attention_varlen
+from ..varlen import packing_of
 from . import _cached
 from ._errors import as_runtime_errors
 from ._installed import install
@@ -110,7 +110,7 @@ def flash_attn_func(
     scores = scores_of(softmax_scale, causal, window_size, softcap, alibi_slopes) | {"sinks": sinks}
 
     def attention(draw=None, **options):
-        if draw is None:
+        if draw is None:  # the shortest way
             return flash_attention(q, k, v, **options)
         return _extended.attention(q, k, v, _extended.Arguments(**options), draw=draw)
 
@@ -193,11 +193,9 @@ def flash_attn_varlen_func(
         out, lse = _cached.varlen(q, k, v, *starts, max_seqlen_q, scores, block_table)
         return (out, lse.float(), q.new_empty(0)) if return_attn_probs else out
 
-    def attention(draw=None, **options):
-        if draw is None:
-            return flash_attention_varlen(q, k, v, *starts, max_seqlen_q, max_seqlen_k, **options)
-        longest = (_max_seqlen("max_seqlen_q", max_seqlen_q), _max_seqlen("max_seqlen_k", max_seqlen_k))
-        packing = _extended.Packing(*starts, *longest)
+    packing = packing_of(*starts, max_seqlen_q, max_seqlen_k)
+
+    def attention(draw=draw_state, **options):
         return _extended.attention(q, k, v, _extended.Arguments(**options), packing, draw)
 
     return _attend(attention, q, k, scores, dropout_p, deterministic, return_attn_probs, starts)
