@@ -129,6 +129,14 @@ def wait(works: list[dist.Work]) -> None:
         work.wait()
 
 
+def check_first_order(name: str) -> None:
+    """For the start of a backward pass. Without this a gradient would be taken to be constant."""
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"{name} has no gradients of gradients (create_graph=True); ulysses_attention has them"
+        )
+
+
 def like(t: Tensor, axis: int, length: int, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised contiguous tensor of t's shape, but for one axis."""
     shape = list(t.shape)

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._merge import merge
 from .._options import Options
 from .._problem import heads_first, kernel_lse_dtype, lse_dtype, no_autocast
 from . import _blocks, _placement
-from ._group import Ranks, like, wait
+from ._group import Ranks, check_first_order, like, wait
 from ._kernels import Kernels
 
 _MOST_BLOCKS = 4  # of two ranks' parts: a part has two segments at most
@@ -100,8 +99,8 @@ class Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout, dlse):
+        check_first_order("ring_attention")
         q, k, v, sinks, kv_lengths, out, lse = ctx.saved_tensors
         call, dsinks = ctx.call, None
         dout = torch.zeros_like(out) if dout is None else dout

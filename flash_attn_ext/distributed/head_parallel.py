@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _errors, _extended, autograd, functional
 from .._problem import LAYOUTS, heads_first, lse_dtype
 from ..config import AttentionConfig
 from ..masks import Mask
-from ._group import Ranks
+from ._group import Ranks, check_first_order
 from ._heads import HeadShare, check_arguments, draw_for, facts_of, head_axis, own_mask, own_scores
 
 
@@ -130,8 +129,8 @@ class _OwnHeads(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
+        check_first_order("head_parallel_attention")
         needed = ctx.needs_input_grad[3:]
         result = [None, None, None]
         for need, grad, axis, sharers in zip(needed, grads, ctx.places, ctx.sharers, strict=True):
@@ -153,8 +152,8 @@ class _AllHeads(torch.autograd.Function):
         return tuple(_gathered(ranks, t, axis) for t, axis in zip(tensors, axes, strict=True))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
+        check_first_order("head_parallel_attention")
         own = (ctx.share.own(g, axis).contiguous() for g, axis in zip(grads, ctx.axes, strict=True))
         return None, None, None, *own
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _errors, _extended, autograd, functional
 from .._problem import LAYOUTS, heads_first, lse_dtype
@@ -109,7 +109,7 @@ def ulysses_attention(
     _check_shapes(q, k, v, a, sum(lengths_q), sum(lengths_kv))
 
     ways = (_Way(ranks, share, lengths_q), *[_Way(ranks, share, lengths_kv, share.sharers)] * 2)
-    moved = _ToHeads.apply(ways, *rows)
+    moved = _Move.apply(ways, True, *rows)
     whole = (_placement.in_order(t, 0, placement, way.lengths) for t, way in zip(moved, ways, strict=True))
     own = a._replace(
         layout="bshd",
@@ -122,8 +122,8 @@ def ulysses_attention(
     # (batch, seq, heads, dim_v), and an LSE (batch, heads, seq) as one of dim 1.
     out, lse = found if return_lse else (found, None)
     results = (out.transpose(0, 1), *(() if lse is None else (lse.permute(2, 0, 1)[..., None],)))
-    parts = (_placement.in_parts(t, 0, placement, lengths_q) for t in results)
-    out, *lses = _ToSequence.apply(ways[0], *parts)
+    parts = [_placement.in_parts(t, 0, placement, lengths_q) for t in results]
+    out, *lses = _Move.apply(ways[:1] * len(parts), False, *parts)
     out = _as_called(out, q, a.layout)
     return (out, _lse_as_called(lses[0][..., 0], q)) if return_lse else out
 
@@ -191,32 +191,19 @@ class _Way:
         return parts.sum(3, dtype=lse_dtype(t)).to(t.dtype)
 
 
-class _ToHeads(torch.autograd.Function):
-    """All tensors in one function: their exchanges come in one order on all ranks, backward too."""
+class _Move(torch.autograd.Function):
+    """Every tensor its way, to heads or back; gradients go the other way, and theirs too. All tensors are in
+    one function: their exchanges come in one order on all ranks, backward too."""
 
     @staticmethod
-    def forward(ctx, ways, *tensors):
-        ctx.ways = ways
-        return tuple(way.to_heads(t) for way, t in zip(ways, tensors, strict=True))
+    def forward(ctx, ways, to_heads, *tensors):
+        ctx.ways, ctx.to_heads = ways, to_heads
+        moves = (way.to_heads if to_heads else way.to_sequence for way in ways)
+        return tuple(move(t) for move, t in zip(moves, tensors, strict=True))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
-        needed = ctx.needs_input_grad[1:]
-        return None, *(
-            way.to_sequence(g) if need else None for way, g, need in zip(ctx.ways, grads, needed, strict=True)
-        )
-
-
-class _ToSequence(torch.autograd.Function):
-    """Likewise, of results with the same sequence."""
-
-    @staticmethod
-    def forward(ctx, way, *tensors):
-        ctx.way = way
-        return tuple(map(way.to_sequence, tensors))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        return None, *map(ctx.way.to_heads, grads)
+        needed = ctx.needs_input_grad[2:]
+        ways, given = zip(*itertools.compress(zip(ctx.ways, grads, strict=True), needed), strict=True)
+        moved = iter(_Move.apply(ways, not ctx.to_heads, *given))
+        return None, None, *(next(moved) if need else None for need in needed)
