@@ -103,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, default in {"ranks": 2, "seq": 4096, "steps": 3, "width": 128, "heads": 4, "layers": 2}.items():
+    for name, default in {"ranks": 2, "seq": 4096, "steps": 2, "width": 128, "heads": 4, "layers": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     a = parser.parse_args()
     torch.set_num_threads(1)

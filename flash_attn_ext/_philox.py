@@ -25,6 +25,12 @@ def draw_state(device: torch.device | str) -> Tensor:
     return torch.randint(-(1 << 63), (1 << 63) - 1, (2,), dtype=torch.int64, device=device)
 
 
+def state_of(rng_state: Tensor, number: int) -> Tensor:
+    """The state of one of several calls that share what was drawn: another offset for each `number`."""
+    seed, offset = rng_state.unbind()
+    return torch.stack([seed, offset + number])
+
+
 def threshold(dropout_p: float) -> int:
     """A word below this is dropped."""
     return min(_LOW, int(dropout_p * 2.0**32))

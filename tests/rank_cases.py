@@ -200,6 +200,8 @@ def ring_cases() -> list[Case]:
         Case(2, lengths=((5, 9), (5, 9)), scores={"causal": True}, sinks=True),
         Case(3, lengths=((1, 17, 4), (6, 0, 11)), scores={"causal": True, "window": (8, None)}),
         Case(4, lengths=((0, 3, 0, 9), (4, 4, 0, 4)), scores={"window": (4, 2)}, dtype=F32),
+        Case(2, (4, 0), scores={"causal": True}, sinks=True),
+        Case(2, (0, 4)),
         Case(2, (6, 20), scores={"causal": "top_left"}, placement="zigzag", sinks=True),
         Case(2, (20, 6), scores={"causal": True}, placement="zigzag", sinks=True),
         Case(3, (20, 6), scores={"causal": True, "window": (2, 0)}, placement="striped", sinks=True),

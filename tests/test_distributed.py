@@ -25,6 +25,11 @@ from reference import attend, largest, relative_error
 
 import flash_attn_ext as fae
 from flash_attn_ext import masks
+from flash_attn_ext._merge import merge
+from flash_attn_ext._options import Options
+from flash_attn_ext._philox import draw_state
+from flash_attn_ext.distributed._kernels import Kernels
+from flash_attn_ext.testing import dropout_mask
 
 pytestmark = needs_gloo
 
@@ -50,6 +55,38 @@ def test_ring_knows_scores_far_from_0(pool, dtype, scale, precision):
         # Of what a gradient adds up, where that cancels.
         error = relative_error(value, want) * size / max(size, exact.terms.get(name, 0.0))
         assert error < precision, name
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_kernels_give_what_a_part_of_the_keys_contributes(target, dropout_p):
+    """Without a group: two parts of the keys, merged; gradients with the output and LSE of both."""
+    whole = Case(1, (20, 20), dtype=F32 if target.on_cuda_kernels else F64).build()
+    q, k, v, dout, dlse = (whole[n].to(target.device) for n in ("q", "k", "v", "dout", "dlse"))
+    q, k, v, dout = (t.transpose(1, 2) for t in (q, k, v, dout))
+    kernels = Kernels.of(q, v, target.backend, True, extended=dropout_p > 0)
+    keep, parts = torch.ones(2, 4, 20, 20, dtype=torch.bool), []
+    for j in (slice(0, 13), slice(13, 20)):
+        state = draw_state(q.device) if dropout_p else None
+        if dropout_p:
+            keep[..., j] = dropout_mask(state, 2, 4, 20, j.stop - j.start, dropout_p).cpu()
+        parts.append((j, Options(dropout_p=dropout_p, rng_state=state, softcap=2.0)))
+    found = [kernels.forward(q, k[:, :, j], v[:, :, j], options) for j, options in parts]
+    states = (t if t.dim() == 4 else t[..., None] for pair in found for t in pair)
+    out, lse = merge(*states, q.dtype)
+    saved = (out, lse[..., 0])
+    grads = [
+        kernels.backward(dout, dlse.to(lse.dtype), q, k[:, :, j], v[:, :, j], *saved, options)
+        for j, options in parts
+    ]
+    got = {"out": out, "lse": lse[..., 0], "dq": grads[0][0] + grads[1][0]}
+    got |= {n: torch.cat([grads[0][i], grads[1][i]], 2) for i, n in ((1, "dk"), (2, "dv"))}
+    exact = attend(q.cpu(), k.cpu(), v.cpu(), layout="bhsd", softcap=2.0, dout=dout.cpu(), dlse=dlse.cpu(),
+                   keep=keep, dropout_p=dropout_p)  # fmt: skip
+    for name, value in got.items():
+        assert relative_error(value.cpu(), getattr(exact, name)) < (
+            3e-6 if target.on_cuda_kernels else 1e-13
+        ), name
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import masks
 from .._extended import Arguments, check_dropout
-from .._philox import draw_state
+from .._philox import draw_state, state_of
 from .._run import check_types
 from .._windows import window_bounds
 
@@ -94,8 +94,7 @@ def draw_for(rank: int):
     heads that they are given from 0."""
 
     def draw(device) -> Tensor:
-        state = draw_state(device)
-        return state + state.new_tensor([0, rank])
+        return state_of(draw_state(device), rank)
 
     return draw
 

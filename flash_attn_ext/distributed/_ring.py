@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._merge import merge
 from .._options import Options
+from .._philox import state_of
 from .._problem import heads_first, kernel_lse_dtype, lse_dtype, no_autocast
 from . import _blocks, _placement
 from ._group import Ranks, check_first_order, like, wait
@@ -79,7 +80,7 @@ class Call:
         if self.rng_state is None:
             return None
         pair = self.ranks.rank * self.ranks.size + source
-        return self.rng_state + self.rng_state.new_tensor([0, pair * _MOST_BLOCKS + number])
+        return state_of(self.rng_state, pair * _MOST_BLOCKS + number)
 
 
 class Attention(torch.autograd.Function):
