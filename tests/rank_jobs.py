@@ -183,15 +183,15 @@ def compiled(tensors: dict) -> bool:
     return torch.allclose(torch.compile(block, backend="eager")(q, k, v), block(q, k, v))
 
 
-def transfer_sizes(tensors: dict, options: dict) -> list[int]:
-    """Elements of every tensor that ring_attention sends, forward and backward."""
+def transfers(tensors: dict, options: dict) -> list[tuple[int, str]]:
+    """Elements and dtype of every tensor that ring_attention sends, forward and backward."""
     from flash_attn_ext.distributed import _group
 
-    sizes: list[int] = []
+    sizes: list[tuple[int, str]] = []
     start = _group.Ranks.start_shift
 
     def logged(self, sent, received, by):
-        sizes.extend(t.numel() for t in sent)
+        sizes.extend((t.numel(), str(t.dtype)) for t in sent)
         return start(self, sent, received, by)
 
     _group.Ranks.start_shift = logged

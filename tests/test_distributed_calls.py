@@ -50,13 +50,14 @@ def test_ring_sends_before_it_computes_and_waits_after(pool):
     ],
 )
 def test_keys_that_nobody_sees_any_more_stay_where_they_are(pool, placement, size, window, rounds):
-    case = Case(size, placement=placement, scores={"causal": True, "window": window}, dim=(8, 4))
+    case = Case(size, placement=placement, scores={"causal": True, "window": window}, dim=(8, 4), dtype=BF16)
     options = {**case.options, "placement": placement}
     jobs = [(part, options) for part in case.split(case.build())]
     k, v = 2 * 12 * 2 * 8, 2 * 12 * 2 * 4
-    for sizes in pool(size).run_each(rank_jobs.transfer_sizes, jobs):
-        # Keys and values in both passes; their gradients behind them, and once home.
-        assert sorted(sizes) == sorted([k, v] * (3 * rounds + 1))
+    for found in pool(size).run_each(rank_jobs.transfers, jobs):
+        # Keys and values in both passes; behind them the sums of their gradients, which at last go home.
+        keys, sums = ([(n, str(dtype)) for n in (k, v)] for dtype in (BF16, F32))
+        assert sorted(found) == sorted(keys * 2 * rounds + sums * (rounds + 1))
 
 
 BANDS = [
