@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _C
 from ._options import EXTENDED_NUMBERS, EXTENDED_TENSORS, PLAIN_TENSORS, Options
+from ._problem import AS_GIVEN, LAYOUTS, OPERATOR_LAYOUTS
 
 _KINDS = {
     "value": ValueError,
@@ -123,7 +124,7 @@ def call_desc(q, k, v, options: Options, out: torch.Tensor | None = None) -> dic
         for name, tensor in named.items()
     }
     desc.update(
-        layout=options.layout,
+        layout=LAYOUTS["bhsd"] if options.layout == OPERATOR_LAYOUTS[AS_GIVEN] else options.layout,
         causal=options.causal,
         window=(options.window_left, options.window_right),
         scale=options.scale,

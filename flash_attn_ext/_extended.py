@@ -12,7 +12,7 @@ from . import _errors, _nested, autograd, dispatch, ops
 from ._lowering import Lowering, Sizes
 from ._options import Options
 from ._philox import draw_state
-from ._problem import LAYOUTS, heads_first
+from ._problem import OPERATOR_LAYOUTS, heads_first
 from ._run import check_types, own_arguments, run
 from ._windows import CAUSAL, window_bounds
 from .config import AttentionConfig
@@ -116,7 +116,7 @@ def options_of(
         alibi_slopes=a.alibi_slopes,
         sinks=a.sinks,
         rng_state=draw(q.device) if a.dropout_p > 0 else None,
-        layout=LAYOUTS[a.layout],
+        layout=OPERATOR_LAYOUTS[a.layout],
         causal=CAUSAL[a.causal],
         window_left=left,
         window_right=right,

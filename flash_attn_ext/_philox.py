@@ -22,7 +22,26 @@ _WORDS = 4
 
 def draw_state(device: torch.device | str) -> Tensor:
     """A new (seed, offset) from torch's generator of `device`: int64 (2,), any bits."""
+    if torch.compiler.is_compiling():
+        return torch.ops.flash_attn_ext.draw_dropout_state(torch.device(device))
+    return _draw_now(device)
+
+
+def _draw_now(device: torch.device) -> Tensor:
     return torch.randint(-(1 << 63), (1 << 63) - 1, (2,), dtype=torch.int64, device=device)
+
+
+# In compiled graphs an operator of its own: torch's code generator would draw `randint` from other numbers
+# than eager mode, and its partitioner draw it a second time for the backward pass where it is to save memory
+# (an activation_memory_budget of 0.5; near 0 it does so with every operator, torch's own dropout included).
+_library = torch.library.Library("flash_attn_ext", "FRAGMENT")
+_library.define("draw_dropout_state(Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+_library.impl("draw_dropout_state", _draw_now, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "flash_attn_ext::draw_dropout_state",
+    lambda device: torch.empty(2, dtype=torch.int64, device=device),
+    lib=_library,
+)
 
 
 def state_of(rng_state: Tensor, number: int) -> Tensor:

@@ -15,6 +15,9 @@ from ._options import Options
 from ._philox import call_key, keep_tile
 
 LAYOUTS = {"bshd": 0, "bhsd": 1}
+# As "bhsd", and the axes of results are ordered in memory as those of the tensors that they belong to.
+AS_GIVEN = "bhsd as given"
+OPERATOR_LAYOUTS = {**LAYOUTS, AS_GIVEN: 2}
 
 
 # Devices whose operators autocast knows; asking torch cannot be traced before torch 2.12.
@@ -42,9 +45,42 @@ def heads_first(t: Tensor, layout: int) -> Tensor:
     return t if t.dim() == 4 else t[None]
 
 
+def stride_order(t: Tensor) -> list[int]:
+    """The axes before the last, outermost first; as they come where strides leave it open. Its twin is
+    sort_as_strides in csrc/torch/view.cpp."""
+    order = list(range(t.dim() - 1))
+    if t.stride(-1) != 1 or 0 in t.stride()[:-1]:
+        return order
+    wide = [axis for axis in order if t.shape[axis] > 1]
+    for end in range(len(wide), 1, -1):  # bubble sort: comparing two strides can be traced, sort() cannot
+        for i in range(1, end):
+            if t.stride(wide[i - 1]) < t.stride(wide[i]):
+                wide[i - 1], wide[i] = wide[i], wide[i - 1]
+    return [wide.pop(0) if t.shape[axis] > 1 else axis for axis in order]
+
+
+def new_result(of: Tensor, dim: int, layout: int) -> Tensor:
+    """An operator's result that belongs to `of`, its last axis `dim`; not filled."""
+    if layout != OPERATOR_LAYOUTS[AS_GIVEN] or dim != of.shape[-1]:
+        return of.new_empty(*of.shape[:-1], dim)
+    order = (*stride_order(of), of.dim() - 1)
+    return torch.empty_permuted(of.shape, order, dtype=of.dtype, device=of.device)
+
+
+def ordered_as(t: Tensor, of: Tensor, layout: int) -> Tensor:
+    """`t`, contiguous, with the strides of such a result; differentiable."""
+    if layout != OPERATOR_LAYOUTS[AS_GIVEN] or t.shape[-1] != of.shape[-1]:
+        return t
+    order = stride_order(of)
+    if order == sorted(order):
+        return t
+    last = len(order)
+    return t.permute(*order, last).contiguous().permute(*map(order.index, range(last)), last)
+
+
 def lse_shape(q: Tensor, layout: int) -> tuple[int, ...]:
     """(batch, heads, seq) without the axes that q does not have."""
-    if q.dim() == 2 or layout == LAYOUTS["bhsd"]:
+    if q.dim() == 2 or layout != LAYOUTS["bshd"]:
         return tuple(q.shape[:-1])
     *batch, seq, heads, _ = q.shape
     return (*batch, heads, seq)

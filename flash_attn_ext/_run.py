@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _cuda, _errors, autograd, dispatch, forward_mode, ops, portable, reference
-from ._problem import LAYOUTS, lse_dtype
+from ._problem import AS_GIVEN, LAYOUTS, lse_dtype
 from ._windows import CAUSAL
 from .config import AttentionConfig
 
@@ -117,7 +117,8 @@ def check_types(
     for name, value in zip(_TENSORS, tensors, strict=False):
         if value is not None:
             _errors.check_tensor(name, value)
-    _errors.choice("layout", layout, LAYOUTS)
+    if layout != AS_GIVEN:
+        _errors.choice("layout", layout, LAYOUTS)
     _errors.choice("causal", causal, CAUSAL)
     for name, value in {"scale": 0.0 if scale is None else scale, "softcap": softcap}.items():
         if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not hasattr(

@@ -9,53 +9,45 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from . import forward_mode, ops, second_order
 from ._problem import AUTOCAST_DEVICES
 
 
-def _save(ctx, operators: ops.Operators, rest: tuple, tensors: tuple, output: tuple[Tensor, Tensor]) -> None:
-    """`tensors`, then `rest` are a forward operator's arguments."""
-    ctx.save_for_backward(*tensors, *output)
-    if forward_mode.is_active():
-        ctx.save_for_forward(*tensors, *output)
-    ctx.operators = operators
-    ctx.rest = rest
-
-
-def _lse(ctx, saved: tuple[Tensor, ...]) -> tuple[Tensor, bool]:
-    """The log-sum-exp, computed once more where nobody asked for it, and whether somebody did."""
+def _lse(ctx, saved: tuple[Tensor, ...]) -> Tensor:
+    """The log-sum-exp, computed once more where nobody asked for it."""
     operators, rest = ctx.operators, ctx.rest
     numbers = operators.family.numbers
     if rest[numbers]:
-        return saved[-1], True
+        return saved[-1]
     # Of the operator that is differentiable where derivatives of the gradients may be asked for.
     again = operators.attention if torch.is_grad_enabled() else operators.forward
-    return again(*saved[:-2], *rest[:numbers], True, *rest[numbers + 1 :])[1], False
+    return again(*saved[:-2], *rest[:numbers], True, *rest[numbers + 1 :])[1]
 
 
 def _backward(ctx, dout: Tensor | None, dlse: Tensor | None, offset: int) -> list[Tensor | None]:
     """One gradient or None for each tensor that the forward operator takes, which stand `offset` places later
     among what the autograd function was given."""
-    family, needed = ctx.operators.family, ctx.needs_input_grad
-    saved = ctx.saved_tensors
-    out = saved[-2]
-    lse, asked = _lse(ctx, saved)
-    if not asked:
+    operators, rest, saved = ctx.operators, ctx.rest, ctx.saved_tensors
+    family = operators.family
+    *inputs, out, _ = saved
+    lse = _lse(ctx, saved)
+    if not rest[family.numbers]:
         dlse = None
     if dout is None:
         dout = torch.zeros_like(out)
-    needs = tuple(needed[place + offset] for place in family.places)
-    call = second_order.Call(ctx.operators, ctx.rest, needs)
-    sources = (dout, dlse, *saved[:-1], lse)
+    needs = tuple(ctx.needs_input_grad[place + offset] for place in family.places)
+    call = second_order.Call(operators, rest, needs)
+    sources = (dout, dlse, *inputs, out, lse)
     grads = call.backward(dout, dlse, sources)
-    if torch.is_grad_enabled() or forward_mode.is_active():  # create_graph, or tangents that go on
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:  # create_graph, or tangents that go on
         grads = second_order.differentiable(grads, call, sources)
-    result: list[Tensor | None] = [None] * (len(saved) - 2)
+    result: list[Tensor | None] = [None] * len(inputs)
     result[:3] = grads[:3]
-    for n, place in enumerate(family.places):
-        if needs[n]:
-            result[place] = grads[3 + n]
+    for place, grad, need in zip(family.places, grads[3:], needs, strict=True):
+        if need:
+            result[place] = grad
     return result
 
 
@@ -69,27 +61,38 @@ def _tangents(ctx, given: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
         name: given[place] for name, place in zip(family.differentiable, family.places, strict=True)
     }
     changes = forward_mode.Tangents(*given[:3], **of_options)
-    lse, asked = _lse(ctx, saved)
-    dout, dlse = forward_mode.tangents(*saved[:3], saved[-2], lse, options, changes)
-    return dout, dlse if asked else torch.zeros_like(saved[-1])
+    dout, dlse = forward_mode.tangents(*saved[:3], saved[-2], _lse(ctx, saved), options, changes)
+    return dout, dlse if ctx.rest[family.numbers] else torch.zeros_like(saved[-1])
 
 
 class _EagerAttention(torch.autograd.Function):
     """Takes what is no tensor in one piece, for each argument costs a small call time."""
 
     @staticmethod
-    def forward(ctx, operators, rest, *tensors):
+    def forward(ctx, operators, rest, few, *tensors):
+        """few: the options again without what is default at their end, if much is, else None."""
         ctx.set_materialize_grads(False)
-        output = operators.run(tensors, rest)
-        _save(ctx, operators, rest, tensors, output)
+        if few is None:
+            output = operators.call(*tensors, *rest)
+        else:
+            output = operators.call(*tensors[:3], *few, return_lse=True)
+        ctx.save_for_backward(*tensors, *output)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(*tensors, *output)
+        ctx.operators, ctx.rest, ctx.few = operators, rest, few
         return output
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        return None, None, *_backward(ctx, dout, dlse, offset=2)
+        few = ctx.few
+        if few is None or dout is None or torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            return None, None, None, *_backward(ctx, dout, dlse, offset=3)
+        q, k, v, *nothing, out, lse = ctx.saved_tensors
+        dq, dk, dv, *_ = ctx.operators.call_backward(dout, dlse, q, k, v, out, lse, *few)
+        return None, None, None, dq, dk, dv, *nothing
 
     @staticmethod
-    def jvp(ctx, operators, rest, *given):
+    def jvp(ctx, operators, rest, few, *given):
         return _tangents(ctx, given)
 
 
@@ -106,12 +109,15 @@ class _FunctorchAttention(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         ctx.set_materialize_grads(False)
         operators, *inputs = inputs
-        tensors = operators.family.first_number
-        _save(ctx, operators, tuple(inputs[tensors:]), tuple(inputs[:tensors]), output)
+        tensors = inputs[: operators.family.first_number]
+        ctx.save_for_backward(*tensors, *output)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(*tensors, *output)
+        ctx.operators, ctx.rest = operators, tuple(inputs[len(tensors) :])
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        return None, *_backward(ctx, dout, dlse, offset=1), *[None] * len(ctx.rest)
+        return None, *_backward(ctx, dout, dlse, 1), *[None] * len(ctx.rest)
 
     @staticmethod
     def jvp(ctx, operators, *given):
@@ -129,8 +135,9 @@ class _KernelAttention(torch.autograd.function._SingleLevelFunction):
     jvp = staticmethod(_EagerAttention.jvp)
 
 
-# Past the part of `Function.apply` that serves functorch, to whom `attention` never passes this.
-_apply_eager = super(torch.autograd.Function, _EagerAttention).apply
+# Past the part of `Function.apply` that serves functorch, which must not be active: (operators, what follows
+# the tensors among the arguments of `operators.forward`, few, those tensors one by one).
+apply_eager = super(torch.autograd.Function, _EagerAttention).apply
 
 
 def attention(operators: ops.Operators, *arguments) -> tuple[Tensor, Tensor]:
@@ -141,7 +148,7 @@ def attention(operators: ops.Operators, *arguments) -> tuple[Tensor, Tensor]:
     if torch._C._are_functorch_transforms_active():
         return _FunctorchAttention.apply(operators, *arguments)
     tensors = operators.family.first_number
-    return _apply_eager(operators, arguments[tensors:], *arguments[:tensors])
+    return apply_eager(operators, arguments[tensors:], None, *arguments[:tensors])
 
 
 def _register_autograd(operators: ops.Operators) -> None:
@@ -155,7 +162,7 @@ def _register_autograd(operators: ops.Operators) -> None:
         backward = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
         if backward or forward_mode.is_active():
             with enable_single_level_autograd_function():
-                return _KernelAttention.apply(operators, arguments[tensors:], *arguments[:tensors])
+                return _KernelAttention.apply(operators, arguments[tensors:], None, *arguments[:tensors])
         return operators.attention.redispatch(keyset & below, *arguments)
 
     _library.impl(operators.attention, kernel, "Autograd", with_keyset=True)

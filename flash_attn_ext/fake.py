@@ -8,7 +8,7 @@ from torch import Tensor
 from . import ops
 from ._errors import check_call
 from ._options import EXTENDED_TENSORS, Options
-from ._problem import kernel_lse_dtype, lse_shape
+from ._problem import kernel_lse_dtype, lse_shape, new_result
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, options: Options, out: Tensor | None = None) -> None:
@@ -30,7 +30,7 @@ def register(operators: ops.Operators) -> None:
     def forward(q, k, v, *arguments):
         options, rest = family.read(arguments)  # without what is default at their end
         _check(q, k, v, options)
-        return q.new_empty(*q.shape[:-1], v.shape[-1]), _lse(q, options, bool(rest) and rest[0])
+        return new_result(q, v.shape[-1], options.layout), _lse(q, options, bool(rest) and rest[0])
 
     def forward_out(q, k, v, out, *arguments):
         options, (return_lse, *_) = family.read(arguments)
@@ -44,7 +44,7 @@ def register(operators: ops.Operators) -> None:
         others = (
             t.new_empty(t.shape) if need else q.new_empty(0) for t, need in zip(owners, needs, strict=True)
         )
-        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *others
+        return *(new_result(t, t.shape[-1], options.layout) for t in (q, k, v)), *others
 
     torch.library.register_fake(operators.attention, forward)
     torch.library.register_fake(operators.forward, forward)

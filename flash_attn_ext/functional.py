@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _errors, _extended, autograd, dispatch, forward_mode, ops
 from ._merge import merge
-from ._problem import LAYOUTS, lse_dtype, lse_shape
+from ._problem import LAYOUTS, OPERATOR_LAYOUTS, lse_dtype, lse_shape
 from ._run import check_types, own_arguments, run
 from ._windows import CAUSAL, window_bounds
 from .config import AttentionConfig
@@ -15,6 +15,7 @@ from .masks import Mask
 
 _NO_CONFIG = AttentionConfig()
 _call_kernel = ops.KERNELS.call
+_apply = autograd.apply_eager
 
 
 def flash_attention(
@@ -130,18 +131,24 @@ def flash_attention(
         needs_grad = torch.is_grad_enabled() and (
             q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
         )
-        call = (q, k, v, mask, bias, kv_lengths, LAYOUTS[layout], CAUSAL[causal], left, right, scale, softcap)
+        numbers = (OPERATOR_LAYOUTS[layout], CAUSAL[causal], left, right, scale, softcap)
         if (
             name == "cpu"
             and out is None
-            and not (needs_grad or return_lse or compiling or forward_mode.is_active())
+            and not (return_lse or compiling or forward_mode.is_active())
+            and not (needs_grad and torch._C._are_functorch_transforms_active())
         ):
-            # A small call is over by now. What is default is left out, as in Operators.run.
+            # A small call is over by now. What is default is left out, for every argument takes its time.
             if own or not (mask is bias is kv_lengths is window is scale is None and softcap == 0.0):
-                return _call_kernel(*call, False, *own)[0]
-            if call[6] == call[7] == 0:
-                return _call_kernel(q, k, v)[0]
-            return _call_kernel(q, k, v, None, None, None, call[6], call[7])[0]
+                few = None
+            else:
+                few = () if numbers[0] == numbers[1] == 0 else (None, None, None, numbers[0], numbers[1])
+            if needs_grad:
+                return _apply(ops.KERNELS, (*numbers, True, *own), few, q, k, v, mask, bias, kv_lengths)[0]
+            if few is None:
+                return _call_kernel(q, k, v, mask, bias, kv_lengths, *numbers, False, *own)[0]
+            return _call_kernel(q, k, v, *few)[0]
+        call = (q, k, v, mask, bias, kv_lengths, *numbers)
         return run(name, ops.BY_BACKEND[name], call, return_lse, needs_grad, own, out)
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         check_types(q, k, v, (mask, bias, kv_lengths, out), layout, causal, scale, softcap, config)

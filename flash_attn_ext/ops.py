@@ -42,19 +42,14 @@ class Family(NamedTuple):
     differentiable: tuple[str, ...]  # of the tensors; q, k and v are anyway
     places: tuple[int, ...]  # of the differentiable
     first_number: int
-    return_lse: int
+    numbers: int  # how many options are no tensors; return_lse follows them
 
     @classmethod
     def make(
         cls, options: tuple[str, ...], tensors: tuple[str, ...], differentiable: tuple[str, ...]
     ) -> Family:
         places = tuple(3 + options.index(name) for name in differentiable)
-        return cls(options, tensors, differentiable, places, 3 + len(tensors), 3 + len(options))
-
-    @property
-    def numbers(self) -> int:
-        """How many options are no tensors; return_lse follows them."""
-        return self.return_lse - self.first_number
+        return cls(options, tensors, differentiable, places, 3 + len(tensors), len(options) - len(tensors))
 
     def read(self, arguments: tuple) -> tuple[Options, tuple]:
         """The options that stand first in `arguments`, and the rest."""
@@ -65,7 +60,6 @@ class Family(NamedTuple):
 PLAIN_FAMILY = Family.make(PLAIN, PLAIN_TENSORS, ("bias",))
 EXTENDED_FAMILY = Family.make(EXTENDED, EXTENDED_TENSORS, portable.Needs._fields)
 
-_NO_NUMBERS = Options()[Options._fields.index("window_left") : Options._fields.index("dropout_p")]
 _TYPES = {"scale": "float?", "softcap": "float", "dropout_p": "float"}
 _BLOCKS = "int block_q=0, int block_kv=0"
 
@@ -125,38 +119,6 @@ class Operators:
     forward: torch._ops.OpOverload
     backward: torch._ops.OpOverload
     forward_out: torch._ops.OpOverload | None
-
-    def run(self, tensors: tuple, rest: tuple) -> tuple[torch.Tensor, torch.Tensor]:
-        """`forward` in eager mode. `tensors`: q, k, v and those of the options; `rest`: all that follows."""
-        few = self._without_defaults(tensors[3:], rest)
-        if few is None:
-            return self.call(*tensors, *rest)
-        return self.call(*tensors[:3], *few, return_lse=rest[self.family.numbers])
-
-    def run_backward(
-        self, given: tuple, tensors: tuple, rest: tuple, needs: tuple[bool, ...]
-    ) -> tuple[torch.Tensor, ...]:
-        """`backward` in eager mode. `given`: all before the options; `tensors` of these, and `rest`: as for
-        the forward operator."""
-        few = None if any(needs) else self._without_defaults(tensors, rest)
-        if few is not None:
-            return self.call_backward(*given, *few)
-        numbers = self.family.numbers
-        return self.call_backward(*given, *tensors, *rest[:numbers], *needs, *rest[numbers + 1 :])
-
-    def _without_defaults(self, tensors: tuple, rest: tuple) -> tuple | None:
-        """The options of a call that has no other than layout and causal, without what is default: every
-        argument costs a call a fifth of a microsecond. None for others."""
-        if not self.has_defaults or len(rest) != self.family.numbers + 1 or rest[2:-1] != _NO_NUMBERS:
-            return None
-        if tensors[0] is tensors[1] is tensors[2] is None and rest[0] == rest[1] == 0:
-            return ()
-        return *tensors, rest[0], rest[1]
-
-    @functools.cached_property
-    def has_defaults(self) -> bool:
-        """Whether the operators of eager calls may be called without options."""
-        return self.forward._schema.arguments[3].has_default_value()
 
     # The operators without the frame of Python around them.
     @functools.cached_property

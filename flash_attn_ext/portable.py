@@ -27,7 +27,9 @@ from ._problem import (
     kernel_lse_dtype,
     lse_dtype,
     lse_shape,
+    new_result,
     no_autocast,
+    ordered_as,
     parts,
     tile_of,
     unfold,
@@ -137,7 +139,7 @@ def forward(
     """Returns (out, lse), `out` written in place when given; lse is empty, (0,), when not asked for."""
     check_call(q, k, v, options, out)
     found = parts(q, k, v, options)
-    out = q.new_empty(*q.shape[:-1], v.shape[-1]) if out is None else out
+    out = new_result(q, v.shape[-1], options.layout) if out is None else out
     lse = q.new_full(lse_shape(q, options.layout), -math.inf, dtype=kernel_lse_dtype(q))
     out_rows, lse_rows = heads_first(out, options.layout), _lse_view(lse, q)
     if options.cu_seqlens_q is not None:
@@ -251,7 +253,8 @@ def backward(
     others = (
         q.new_empty(0) if total is None else total.to(owners[name].dtype) for name, total in sums.items()
     )
-    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), *others
+    given = zip((dq, dk, dv), (q, k, v), strict=True)
+    return *(ordered_as(grad.to(t.dtype), t, options.layout) for grad, t in given), *others
 
 
 class _Tile(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._errors import check_call
 from ._options import Options
-from ._problem import LAYOUTS, Problem, contract, lse_dtype, lse_shape, no_autocast, parts
+from ._problem import LAYOUTS, Problem, contract, lse_dtype, lse_shape, no_autocast, ordered_as, parts
 
 
 class _SeenProduct(torch.autograd.Function):
@@ -119,7 +119,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, return_lse: boo
         out, lse = torch.cat(outs, 2), torch.cat(lses, 2) if return_lse else None
     if q.dim() != 2 and options.layout == LAYOUTS["bshd"]:
         out = out.transpose(1, 2)
-    out = out.reshape(*q.shape[:-1], v.shape[-1]).contiguous()
+    out = ordered_as(out.reshape(*q.shape[:-1], v.shape[-1]).contiguous(), q, options.layout)
     if not return_lse:
         return out, q.new_empty(0, dtype=dtype)
     return out, lse.reshape(lse_shape(q, options.layout))

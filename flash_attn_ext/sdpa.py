@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from . import _errors, _mha
+from ._problem import AS_GIVEN
 from .dispatch import Request, is_auto, log_once, preferred
 from .functional import flash_attention
 
@@ -186,39 +187,10 @@ def _attention(
     """Equal leading axes, which `attn_mask` has as well when there are two or more."""
     if query.dim() > 4:
         return _many_batch_axes(query, key, value, attn_mask, causal, scale, dropout_p)
-    if attn_mask is None and query.is_contiguous():  # most calls, and the shortest way
-        return flash_attention(query, key, value, causal, scale=scale, layout="bhsd", dropout_p=dropout_p)
+    if attn_mask is None:
+        return flash_attention(query, key, value, causal, scale=scale, layout=AS_GIVEN, dropout_p=dropout_p)
     options = _mask_option(attn_mask) | {"scale": scale, "dropout_p": dropout_p}
-    if query.is_contiguous() or value.shape[-1] != query.shape[-1]:
-        return flash_attention(query, key, value, causal, layout="bhsd", **options)
-    order = _stride_order(query)
-    natural = sorted(order)
-    if len(order) > 1 and order[-2:] == natural[-1:-3:-1]:
-        # Heads inside sequence: the other layout, so that nothing is copied.
-        try:
-            q, k, v = (t.transpose(-3, -2) for t in (query, key, value))
-            return flash_attention(q, k, v, causal, **options).transpose(-3, -2)
-        except (TypeError, ValueError):
-            # Again, for the same complaint in terms of the caller's layout.
-            flash_attention(query, key, value, causal, layout="bhsd", **options)
-            raise
-    out = flash_attention(query, key, value, causal, layout="bhsd", **options)
-    if order == natural:
-        return out
-    return out.permute(*order, 3).contiguous().permute(*map(order.index, natural), 3)
-
-
-def _stride_order(t: Tensor) -> list[int]:
-    """The axes before the last, outermost first; as they come where strides leave it open."""
-    order = list(range(t.dim() - 1))
-    if t.stride(-1) != 1 or 0 in t.stride():
-        return order
-    wide = [axis for axis in order if t.shape[axis] > 1]
-    for end in range(len(wide), 1, -1):  # bubble sort: comparing two strides can be traced, sort() cannot
-        for i in range(1, end):
-            if t.stride(wide[i - 1]) < t.stride(wide[i]):
-                wide[i - 1], wide[i] = wide[i], wide[i - 1]
-    return [wide.pop(0) if t.shape[axis] > 1 else axis for axis in order]
+    return flash_attention(query, key, value, causal, layout=AS_GIVEN, **options)
 
 
 def _many_batch_axes(query, key, value, attn_mask, causal, scale, dropout_p) -> Tensor:

@@ -121,9 +121,9 @@ class Call:
 
     def backward(self, dout: Tensor, dlse: Tensor | None, sources: tuple) -> tuple[Tensor, ...]:
         _, _, q, k, v, *tensors, out, lse = sources
-        return self.operators.run_backward(
-            (dout, dlse, q, k, v, out, lse), tuple(tensors), self.rest, self.needs
-        )
+        numbers = self.operators.family.numbers
+        options = (*tensors, *self.rest[:numbers], *self.needs, *self.rest[numbers + 1 :])
+        return self.operators.call_backward(dout, dlse, q, k, v, out, lse, *options)
 
     def derivatives(self, sources: tuple, direction: Tangents) -> Derivatives:
         dout, dlse, q, k, v, *tensors, out, lse = sources

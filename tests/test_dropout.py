@@ -202,6 +202,32 @@ def test_compiled_calls_draw_anew(engine):
     torch.testing.assert_close(dv[0, :, 0].sum(0), out[0, 3, 0] * torch.ones(8, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("engine", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("saving", ["nothing", "checkpoint", "budget"])
+def test_compiled_calls_draw_as_eager_ones(engine, saving):
+    """One seed, one mask, forward and backward, also where a compiled graph computes again what it did not
+    keep."""
+
+    def layer(x, k, v):
+        return fae.flash_attention(x.sin(), k, v, dropout_p=0.5).tanh()
+
+    def model(x, k, v):
+        for _ in range(3):
+            x = checkpoint(layer, x, k, v, use_reentrant=False) if saving == "checkpoint" else layer(x, k, v)
+        return x
+
+    given = qkv(1, 40, 2, 8, dtype=torch.float32, grad=True)
+    budget = 0.5 if saving == "budget" else 1.0
+    with torch._functorch.config.patch(activation_memory_budget=budget):
+        results = []
+        for function in (model, torch.compile(model, fullgraph=True, backend=engine)):
+            torch.manual_seed(3)
+            out = function(*given)
+            results.append((out, *torch.autograd.grad(out.square().sum(), given)))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
 @pytest.mark.parametrize(
     ("value", "kind", "pattern"),
     [(1.0, ValueError, r"\[0, 1\).*1\.0"), (-0.1, ValueError, "-0.1"), (math.nan, ValueError, "nan"), (2, ValueError, "2"),

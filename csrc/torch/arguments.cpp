@@ -19,6 +19,10 @@ Options take_options(Arguments& arguments, Family family, Direction direction) {
     }
   }
   o.layout = arguments.integer();
+  if (o.layout == kBhsdAsGiven) {
+    o.layout = int64_t(Layout::kBhsd);
+    o.as_given = true;
+  }
   o.causal = arguments.integer();
   o.window_left = arguments.integer();
   o.window_right = arguments.integer();

@@ -11,11 +11,15 @@
 
 namespace fae::torch_ops {
 
+// A layout in the schemas beyond those of the core.
+constexpr int64_t kBhsdAsGiven = 2;
+
 // What every operator takes after its leading tensors, in the order of the schemas.
 struct Options {
   TensorRef mask, bias, kv_lengths;
   TensorRef alibi_slopes, sinks, rng_state, row_labels, key_bounds, cu_seqlens_q, cu_seqlens_k;
   int64_t layout = 0;
+  bool as_given = false;  // results lie in memory as the tensors that they belong to
   int64_t causal = 0;
   int64_t window_left = -1;
   int64_t window_right = -1;
@@ -53,5 +57,10 @@ RowValues<Void> row_values(const TensorDesc& t, const CallDesc& call) {
 
 // The shape of the result: q's with v's last axis, in every rank and layout.
 void out_shape(const CallDesc& call, int64_t shape[4]);
+
+// The tensor whose order in memory a result takes that belongs to `t`, if not that of its axes.
+inline const TensorDesc* order_of(const TensorDesc& t, const Options& options) {
+  return options.as_given ? &t : nullptr;
+}
 
 }  // namespace fae::torch_ops

@@ -31,8 +31,8 @@ void check_saved(const char* name, const TensorDesc& given, DType dtype, int ran
   }
 }
 
-NewTensor new_like(const TensorDesc& desc, Place place) {
-  return new_tensor(desc.dtype, desc.rank, desc.shape, place);
+NewTensor new_like(const TensorDesc& desc, Place place, const TensorDesc* order = nullptr) {
+  return new_tensor(desc.dtype, desc.rank, desc.shape, place, order);
 }
 
 }  // namespace
@@ -78,9 +78,9 @@ void attention_backward(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*out
   }
 
   const Place place = place_of(q);
-  NewTensor dq = new_like(call.q, place);
-  NewTensor dk = new_like(call.k, place);
-  NewTensor dv = new_like(call.v, place);
+  NewTensor dq = new_like(call.q, place, order_of(call.q, options));
+  NewTensor dk = new_like(call.k, place, order_of(call.k, options));
+  NewTensor dv = new_like(call.v, place, order_of(call.v, options));
   backward.dq = attention_view(dq.desc, call.layout);
   backward.dk = attention_view(dk.desc, call.layout);
   backward.dv = attention_view(dv.desc, call.layout);

@@ -33,7 +33,9 @@ void attention_forward(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outp
   int64_t shape[4];
   out_shape(call, shape);
   const Place place = place_of(q);
-  NewTensor out = new_tensor(call.q.dtype, call.q.rank, shape, place);
+  const bool same_dim = call.q.shape[call.q.rank - 1] == shape[call.q.rank - 1];
+  const TensorDesc* order = same_dim ? order_of(call.q, options) : nullptr;
+  NewTensor out = new_tensor(call.q.dtype, call.q.rank, shape, place, order);
   TensorRef lse = compute(call, out.desc, options, place);
   give(&stack[0], std::move(out.tensor));
   give(&stack[1], std::move(lse));

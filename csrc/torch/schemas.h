@@ -12,7 +12,8 @@ namespace fae::torch_ops {
 
 // The plain operators take what most calls need; every argument costs a small call time. The extended
 // ones, NAME_extended..., take everything.
-// layout: 0 bshd, 1 bhsd. causal: 0 none, 1 bottom right, 2 top left.
+// layout: 0 bshd, 1 bhsd, 2 bhsd with results whose axes are ordered in memory as those of what they belong
+// to (out as q, if dim is dim_v). causal: 0 none, 1 bottom right, 2 top left.
 // window_left, window_right: -1 unbounded. scale: none for 1 / sqrt(dim).
 inline const std::string kOptions =
     "Tensor? mask, Tensor? bias, Tensor? kv_lengths, "

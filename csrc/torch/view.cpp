@@ -1,6 +1,7 @@
 #include "torch/view.h"
 
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -95,6 +96,26 @@ bool is_contiguous(const TensorDesc& desc) {
   return true;
 }
 
+// Sorts `order`, 0, 1, ..., by falling strides, the last axis left where it is, and so those of one entry;
+// all of them where the last is not dense or an axis is expanded. stride_order() in _problem.py is its twin.
+void sort_as_strides(const TensorDesc& t, int* order) {
+  const int last = t.rank - 1;
+  if (last < 1 || t.stride[last] != 1) return;
+  int wide[TensorDesc::kMaxRank];
+  int count = 0;
+  for (int axis = 0; axis < last; ++axis) {
+    if (t.stride[axis] == 0) return;
+    if (t.shape[axis] <= 1) continue;
+    int at = count++;
+    for (; at > 0 && t.stride[wide[at - 1]] < t.stride[axis]; --at) wide[at] = wide[at - 1];
+    wide[at] = axis;
+  }
+  int next = 0;
+  for (int axis = 0; axis < last; ++axis) {
+    if (t.shape[axis] > 1) order[axis] = wide[next++];
+  }
+}
+
 }  // namespace
 
 Place place_of(const TensorRef& tensor) {
@@ -136,7 +157,10 @@ TensorDesc describe(const char* name, const TensorRef& tensor, Access access) {
   return desc;
 }
 
-NewTensor new_tensor(DType dtype, int rank, const int64_t* shape, Place place) {
+NewTensor new_tensor(DType dtype, int rank, const int64_t* shape, Place place, const TensorDesc* like) {
+  int order[TensorDesc::kMaxRank];
+  std::iota(order, order + rank, 0);
+  if (like) sort_as_strides(*like, order);
   NewTensor result;
   TensorDesc& desc = result.desc;
   desc.present = true;
@@ -144,7 +168,8 @@ NewTensor new_tensor(DType dtype, int rank, const int64_t* shape, Place place) {
   desc.rank = rank;
   int64_t step = 1;
   int64_t bytes = size_of(dtype);
-  for (int axis = rank - 1; axis >= 0; --axis) {
+  for (int place_in_memory = rank - 1; place_in_memory >= 0; --place_in_memory) {
+    const int axis = order[place_in_memory];
     desc.shape[axis] = shape[axis];
     desc.stride[axis] = step;
     const int64_t count = std::max<int64_t>(shape[axis], 1);

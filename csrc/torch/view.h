@@ -19,12 +19,14 @@ struct Place {
 };
 Place place_of(const TensorRef& tensor);
 
-// A new contiguous tensor, uninitialised. `desc` describes it as describe() would.
+// A new tensor, uninitialised. `desc` describes it as describe() would.
 struct NewTensor {
   TensorRef tensor;
   TensorDesc desc;
 };
-NewTensor new_tensor(DType dtype, int rank, const int64_t* shape, Place place);
+// Contiguous; or, with the strides of `like` (as many axes), dense with its axes in the same order in memory.
+NewTensor new_tensor(DType dtype, int rank, const int64_t* shape, Place place,
+                     const TensorDesc* like = nullptr);
 
 void fill_with_zeros(const NewTensor& tensor);
 
