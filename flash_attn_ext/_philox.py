@@ -44,6 +44,12 @@ torch.library.register_fake(
 )
 
 
+def state_of(rng_state: Tensor, number: int) -> Tensor:
+    """The state of one of several calls that share what was drawn: another offset for each `number`."""
+    seed, offset = rng_state.unbind()
+    return torch.stack([seed, offset + number])
+
+
 def threshold(dropout_p: float) -> int:
     """A word below this is dropped."""
     return min(_LOW, int(dropout_p * 2.0**32))

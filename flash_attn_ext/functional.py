@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from . import _errors, _extended, autograd, dispatch, forward_mode, ops
+from ._merge import merge
 from ._problem import LAYOUTS, OPERATOR_LAYOUTS, lse_dtype, lse_shape
 from ._run import check_types, own_arguments, run
 from ._windows import CAUSAL, window_bounds
@@ -197,21 +196,12 @@ def merge_states(
             expected = tuple(lse_shape(out_a, LAYOUTS[layout]))
             raise ValueError(f"{name} has shape {tuple(lse.shape)}, expected {expected}")
     dtype = lse_dtype(out_a)
-    lse_a, lse_b = lse_a.to(dtype), lse_b.to(dtype)
-    # The shift cancels out of the result, so no gradient is due to it.
-    shift = torch.maximum(lse_a, lse_b).detach()
-    shift = shift.masked_fill(shift == -math.inf, 0)
-    weight_a, weight_b = (lse_a - shift).exp(), (lse_b - shift).exp()
-    total = weight_a + weight_b
-    nothing = total == 0
-    total = total.masked_fill(nothing, 1)
 
     def columns(t: Tensor) -> Tensor:
         """(..., heads, seq) to the axes of out, dim_v being 1."""
         return (t.mT if layout == "bshd" and t.dim() > 1 else t).unsqueeze(-1)
 
-    out = sum(
-        out.to(dtype).masked_fill(columns(lse == -math.inf), 0) * columns(weight / total)
-        for out, lse, weight in ((out_a, lse_a, weight_a), (out_b, lse_b, weight_b))
-    )
-    return out.to(out_a.dtype), (shift + total.log()).masked_fill(nothing, -math.inf)
+    lse_a, lse_b = columns(lse_a.to(dtype)), columns(lse_b.to(dtype))
+    out, lse = merge(out_a, lse_a, out_b, lse_b, dtype)
+    lse = lse.squeeze(-1)
+    return out.to(out_a.dtype), lse.mT if layout == "bshd" and lse.dim() > 1 else lse

@@ -210,8 +210,12 @@ def backward(
     needs: Needs,
     block_q: int = 0,
     block_kv: int = 0,
+    *,
+    of_part: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns (dq, dk, dv, dbias, dalibi_slopes, dsinks), an empty (0,) tensor for what is not needed.
+
+    of_part: out and lse are those of more keys than these; the gradients are what these keys contribute.
 
     With p = exp(s - lse), r what dropout makes of 1 (0 or 1 / (1 - dropout_p)), dp = r * (dout v^T) and
     delta = rowsum(p * dp) - dlse, rows of p and its sink adding up to 1: dv = (r * p)^T dout,
@@ -241,7 +245,11 @@ def backward(
                 dlse_block = None if own_dlse is None else own_dlse[..., q0:q1, None].to(dtype)
                 dout_block = own_dout[..., q0:q1, :].to(dtype)
                 rows = _Rows(tiles, q0, q1, dout_block, own_lse[..., q0:q1, None])
-                _backward_rows(rows, dlse_block, grad, safe)
+                delta = None
+                if of_part:
+                    out_block = p.rows(heads_first(out, options.layout)[:, :, queries])[..., q0:q1, :]
+                    delta = (dout_block * out_block).sum(-1, keepdim=True)
+                _backward_rows(rows, delta, dlse_block, grad, safe)
     others = (
         q.new_empty(0) if total is None else total.to(owners[name].dtype) for name, total in sums.items()
     )
@@ -290,41 +298,59 @@ class _Rows:
         return (self.tiles.problem.sinks.to(self.lse.dtype) - self.lse).exp().to(self.tiles.dtype)
 
 
-def _backward_rows(rows: _Rows, dlse: Tensor | None, grad: Problem, safe: bool) -> None:
-    """Adds what these queries contribute to the gradients, which are in the places of their tensors."""
-    tiles, q0, q1, group = rows.tiles, rows.q0, rows.q1, rows.q.shape[2]
-    p = tiles.problem
+def _keys(p: Problem, block: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A block of k and of v."""
+    return tuple(t[:, :, slice(*block)].to(dtype) for t in (p.k, p.v))
 
-    def keys(k0: int, k1: int) -> tuple[Tensor, Tensor]:
-        return tuple(t[:, :, k0:k1].to(tiles.dtype) for t in (p.k, p.v))
 
-    # A pass of its own for what each row adds up to. rowsum(dout * out) would do for delta, but is
-    # rounded otherwise than dp: where few keys have all the weight, dp - delta would be what the two
-    # leave. And weights from a log-sum-exp of -1e38 do not add up to 1: its logarithm is rounded away.
-    blocks = list(tiles.key_blocks(q0, q1))
+class _RowSums(NamedTuple):
+    """What the gradients take from all keys of a row: (batch, heads_kv, group, queries, 1) each."""
+
+    delta: Tensor  # rowsum(p * dp)
+    total: Tensor  # of the weights, sink included: 1 but for rounding
+    blind: Tensor  # bool: no key was seen
+
+
+def _row_sums(rows: _Rows, blocks: list[tuple[int, int]]) -> tuple[_RowSums, _Tile | None]:
+    """By a pass of its own, and the last tile of it. rowsum(dout * out) would do for delta, but is rounded
+    otherwise than dp: where few keys have all the weight, dp - delta would be what the two leave. And weights
+    from a log-sum-exp of -1e38 do not add up to 1: its logarithm is rounded away."""
+    p, dtype = rows.tiles.problem, rows.tiles.dtype
     delta, total = torch.zeros_like(rows.lse_high), torch.zeros_like(rows.lse_high)
-    blind = torch.ones_like(total, dtype=torch.bool)  # rows that have seen no key
+    blind = torch.ones_like(total, dtype=torch.bool)
     tile = None
     for block in blocks:
-        tile = rows.against(*keys(*block), *block)
+        tile = rows.against(*_keys(p, block, dtype), *block)
         delta += (tile.weights * tile.dp).sum(-1, keepdim=True)
         total += tile.weights.sum(-1, keepdim=True)
         if p.sinks is not None:
             blind &= False if tile.visible is None else ~tile.visible.any(-1, keepdim=True)
-    sink_weight = None if p.sinks is None else rows.sink_weight()
-    if sink_weight is not None:
-        total += sink_weight
+    if p.sinks is not None:
+        total += rows.sink_weight()
     total.masked_fill_(total == 0, 1)
-    delta.div_(total)
+    return _RowSums(delta.div_(total), total, blind), tile
+
+
+def _backward_rows(rows: _Rows, delta: Tensor | None, dlse: Tensor | None, grad: Problem, safe: bool) -> None:
+    """Adds what these queries contribute to the gradients, which are in the places of their tensors. `delta`
+    is that of more keys than these, where they are but a part; it goes without sinks."""
+    tiles, q0, q1, group = rows.tiles, rows.q0, rows.q1, rows.q.shape[2]
+    p = tiles.problem
+    blocks = list(tiles.key_blocks(q0, q1))
+    total, tile = None, None
+    if delta is None:
+        (delta, total, blind), tile = _row_sums(rows, blocks)
     if dlse is not None:
-        delta -= dlse
+        delta = delta - dlse
     if grad.sinks is not None:
-        into_sinks = (sink_weight / total).mul_(delta).masked_fill_(blind, 0)
+        into_sinks = (rows.sink_weight() / total).mul_(delta).masked_fill_(blind, 0)
         grad.sinks.sub_(into_sinks.sum((0, -2), keepdim=True)[0])
     for block in blocks:
-        k, v = keys(*block)
-        weights, dp, visible, slope, kept = rows.against(k, v, *block) if len(blocks) > 1 else tile
-        weights.div_(total)
+        k, v = _keys(p, block, tiles.dtype)
+        again = tile is None or len(blocks) > 1
+        weights, dp, visible, slope, kept = rows.against(k, v, *block) if again else tile
+        if total is not None:
+            weights.div_(total)
         ds = dp.sub_(delta).mul_(weights)
         if kept is not None:
             weights.mul_(kept).mul_(p.dropout_scale)

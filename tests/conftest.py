@@ -10,12 +10,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from rank_pool import RankPool
 
 import flash_attn_ext as fae
 from flash_attn_ext import _C
@@ -176,6 +177,21 @@ def steady(monkeypatch):
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Callable[[int], RankPool]]:
+    """Process groups by their size, each started when it is first asked for."""
+    pools: dict[int, RankPool] = {}
+
+    def of(size: int) -> RankPool:
+        if size not in pools:
+            pools[size] = RankPool(size)
+        return pools[size]
+
+    yield of
+    for each in pools.values():
+        each.close()
 
 
 @pytest.fixture(scope="session")

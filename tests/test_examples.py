@@ -29,6 +29,7 @@ FEW_REQUESTS = shlex.split("--requests 9 --pages 8 --width 32 --most-tokens 12 -
         (["train_gpt.py", "--steps", "8"], "tokens/s"),
         (["hf_generate.py", *SMALL_LLAMA], "speed-up"),
         (["decode_paged.py", *FEW_REQUESTS], "the tokens are the same"),
+        (["ring_attention.py", "--seq", "512", "--steps", "2"], "the weights of one process"),
         (["benchmark_flash_attention.py", "--max", "128"], "plot:"),
     ],
     ids=[
@@ -39,6 +40,7 @@ FEW_REQUESTS = shlex.split("--requests 9 --pages 8 --width 32 --most-tokens 12 -
         "train_gpt",
         "hf_generate",
         "decode_paged",
+        "ring_attention",
         "benchmark",
     ],
 )
