@@ -58,9 +58,13 @@ _AUTO = {
 }
 
 
-def log_auto_cpu() -> None:
+def takes_cpu() -> bool:
+    """Whether "auto" stands for the CPU's kernels where tensors are on the CPU; logged as it is."""
+    if _default != "auto":
+        return False
     if _AUTO["cpu"] not in _logged:
         log_once(logging.DEBUG, _AUTO["cpu"])
+    return True
 
 
 def _known() -> list[str]:

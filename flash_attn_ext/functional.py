@@ -7,13 +7,17 @@ from torch import Tensor
 
 from . import _errors, _extended, autograd, dispatch, forward_mode, ops
 from ._merge import merge
-from ._problem import LAYOUTS, OPERATOR_LAYOUTS, lse_dtype, lse_shape
+from ._problem import AS_GIVEN, LAYOUTS, OPERATOR_LAYOUTS, lse_dtype, lse_shape
 from ._run import check_types, own_arguments, run
 from ._windows import CAUSAL, window_bounds
 from .config import AttentionConfig
 from .masks import Mask
 
 _NO_CONFIG = AttentionConfig()
+_AS_GIVEN = OPERATOR_LAYOUTS[AS_GIVEN]
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _call_kernel = ops.KERNELS.call
 _apply = autograd.apply_eager
 
@@ -109,17 +113,15 @@ def flash_attention(
             return_lse, deterministic, batch_invariant, backend, config, out,
         )  # fmt: skip
         return _extended.attention(q, k, v, arguments)
-    compiling = torch.compiler.is_compiling()
+    compiling = _is_compiling()
     try:
         left, right = (-1, -1) if window is None else window_bounds(window)
         if deterministic is not None and not isinstance(deterministic, bool):
             raise TypeError(f"deterministic must be a bool or None, got {deterministic!r}")
-        if torch._C._is_any_autocast_enabled():
+        if _is_any_autocast_enabled():
             q, k, v = autograd.autocast(q, k, v)
-        if backend == "auto" and config is None and not batch_invariant and q.is_cpu and dispatch.is_auto():
+        if backend == "auto" and config is None and not batch_invariant and q.is_cpu and dispatch.takes_cpu():
             name, own = "cpu", ()
-            if not compiling:
-                dispatch.log_auto_cpu()
         else:
             check_types(q, k, v, (mask, bias, kv_lengths, out), layout, causal, scale, softcap, config)
             config = config or _NO_CONFIG
@@ -128,7 +130,7 @@ def flash_attention(
             scale = config.softmax_scale if scale is None else scale
         if bias is not None:
             _errors.check_tensor("bias", bias)
-        needs_grad = torch.is_grad_enabled() and (
+        needs_grad = _is_grad_enabled() and (
             q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
         )
         numbers = (OPERATOR_LAYOUTS[layout], CAUSAL[causal], left, right, scale, softcap)
@@ -153,6 +155,25 @@ def flash_attention(
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         check_types(q, k, v, (mask, bias, kv_lengths, out), layout, causal, scale, softcap, config)
         raise _errors.translate(error) from None
+
+
+def kernels_alone(q: Tensor, k: Tensor, v: Tensor, causal: str | bool, scale: float | None) -> Tensor | None:
+    """`flash_attention` of dense tensors in layout AS_GIVEN without further options, at half the price for a
+    small call; None where there is something to trace, to convert or to differentiate, or to complain of."""
+    if (
+        not q.is_cpu
+        or not dispatch.takes_cpu()
+        or (_is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        or _is_compiling()
+        or _is_any_autocast_enabled()
+        or forward_mode.is_active()
+    ):
+        return None
+    few = () if scale is None else (-1, -1, scale)
+    try:
+        return _call_kernel(q, k, v, None, None, None, _AS_GIVEN, CAUSAL[causal], *few)[0]
+    except (RuntimeError, TypeError):
+        return None
 
 
 def merge_states(

@@ -293,7 +293,7 @@ def op_arguments():
 
 @pytest.mark.parametrize(
     ("position", "value", "text"),
-    [(6, 2, "layout"), (6, -1, "layout"), (7, 3, "causal"), (7, -1, "causal"), (8, -2, "window"), (9, -9, "window"),
+    [(6, 3, "layout"), (6, -1, "layout"), (7, 3, "causal"), (7, -1, "causal"), (8, -2, "window"), (9, -9, "window"),
      (10, float("nan"), "scale"), (11, -1.0, "softcap"), (0, zeros(3), "q"), (1, zeros(2, 7, 3, 8), "k"), (3, zeros(5, 7), "mask"),
      (4, zeros(4, 7), "bias"), (5, zeros(2), "kv_lengths")],
 )  # fmt: skip

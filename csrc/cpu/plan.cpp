@@ -18,6 +18,7 @@ constexpr int64_t kMostAdvisedBytes = 4 << 20;
 constexpr int64_t kMostAdvised = 4096;
 // Below this much work per thread, waking another thread costs more than it saves.
 constexpr double kFlopsPerThread = 4e5;
+constexpr double kDirectFlopsPerThread = 1e5;  // of few rows, which wait for memory
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
@@ -49,7 +50,6 @@ void plan_direct(const Problem& p, const KernelInfo& info, const Advice& advice,
   const int64_t units = p.batch * p.heads_kv;
   // Heads that lie side by side go through their keys together, by one task a range.
   const bool together = p.k.stride[1] < p.k.stride[2];
-  plan->direct = true;
   plan->block_q = p.packed_rows();
   plan->block_kv = std::min(fitting(kDirectBytes, std::max(p.dim, p.dim_v) * size_of(p.dtype), 64, 256),
                             round_up(std::max<int64_t>(p.seq_kv, 1), 64));
@@ -101,8 +101,9 @@ double tensor_bytes(const Problem& p) {
          double(p.dim + p.dim_v);
 }
 
-int useful_threads(double flops, int threads) {
-  return int(std::clamp(flops / kFlopsPerThread, 1.0, double(std::max(threads, 1))));
+int useful_threads(double flops, int threads, bool direct) {
+  const double each = direct ? kDirectFlopsPerThread : kFlopsPerThread;
+  return int(std::clamp(flops / each, 1.0, double(std::max(threads, 1))));
 }
 
 // Tiles of `rows` for each of `units`: several tasks per thread, so that causal masks balance, unless they
@@ -140,7 +141,8 @@ Plan plan_forward(const Problem& p, Isa isa, int threads, const Advice& advice) 
   const KernelInfo& info = kernels.info;
   Plan plan = begin_plan(p, isa, info);
   plan.flops = 2.0 * visible_pairs(p) * double(p.dim + p.dim_v);
-  plan.threads = useful_threads(plan.flops, threads);
+  plan.direct = wants_direct(p, advice);
+  plan.threads = useful_threads(plan.flops, threads, plan.direct);
 
   const int64_t key_bytes = (p.dim + p.dim_v) * info.element_bytes;
   const int64_t row_bytes = p.dim * info.element_bytes + p.dim_v * info.accumulator_bytes;
@@ -154,7 +156,7 @@ Plan plan_forward(const Problem& p, Isa isa, int threads, const Advice& advice) 
     plan.block_q = info.register_rows;
     return plan;
   }
-  if (wants_direct(p, advice)) {
+  if (plan.direct) {
     plan_direct(p, info, advice, &plan);
     return with_workspace(plan, p, kernels);
   }
@@ -177,7 +179,8 @@ Plan plan_backward(const Problem& p, Isa isa, int threads, const Advice& advice)
   Plan plan = begin_plan(p, isa, info);
   plan.flops = 5.0 * visible_pairs(p) * double(p.dim + p.dim_v);
   plan.bytes *= 2;
-  plan.threads = useful_threads(plan.flops, threads);
+  plan.direct = wants_direct(p, advice);
+  plan.threads = useful_threads(plan.flops, threads, plan.direct);
 
   const int64_t key_bytes =
       (2 * p.dim + p.dim_v) * info.element_bytes + (p.dim + p.dim_v) * info.accumulator_bytes;
@@ -204,7 +207,6 @@ Plan plan_backward(const Problem& p, Isa isa, int threads, const Advice& advice)
         std::clamp<int64_t>(std::max(least, rows / fewest_rows), 1, ceil_div(kEnoughTasks, counted));
   }
   plan.tasks = units * plan.chunks;
-  plan.direct = wants_direct(p, advice);
   BackwardCall call;
   call.problem = p;
   plan.worker_bytes =

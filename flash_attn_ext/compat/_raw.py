@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import dispatch, ops
+from .. import dispatch, ops, portable
 from .._errors import translate
 from .._options import Options
 from .._philox import draw_state
@@ -102,7 +102,11 @@ def _backward(
     needs = (False,) * len(operators.family.differentiable)
     lse = lse.to(kernel_lse_dtype(q))
     try:
-        found = operators.backward(dout, None, q, k, v, out, lse, *taken, *needs, *own)
+        if operators in (ops.PORTABLE, ops.PORTABLE_EXTENDED):  # callers may have only a part of the keys
+            given = (dout, None, q, k, v, out, lse, options, portable.Needs(), *own)
+            found = portable.backward(*given, of_part=True)
+        else:
+            found = operators.backward(dout, None, q, k, v, out, lse, *taken, *needs, *own)
     except RuntimeError as error:
         raise translate(error) from None
     for given, grad in zip(grads, found, strict=False):
