@@ -202,7 +202,7 @@ Plan plan_backward(const Problem& p, Isa isa, int threads, const Advice& advice)
     // Each chunk packs all keys and adds to all of their gradients: short ones only where heads are few.
     const int64_t fewest_rows = counted < 4 ? 192 : 384;
     // So few heads that threads would have nothing to do gain more from chunks than packing costs.
-    const int64_t least = std::min(ceil_div(4, counted), rows / 48);
+    const int64_t least = std::min(ceil_div(4, counted), rows / (counted == 1 ? 48 : 96));
     plan.chunks =
         std::clamp<int64_t>(std::max(least, rows / fewest_rows), 1, ceil_div(kEnoughTasks, counted));
   }
