@@ -58,11 +58,12 @@ _AUTO = {
 }
 
 
-def takes_cpu() -> bool:
-    """Whether "auto" stands for the CPU's kernels where tensors are on the CPU; logged as it is."""
+def takes_cpu(compiling: bool) -> bool:
+    """Whether "auto" stands for the CPU's kernels where tensors are on the CPU; logged as it is. `compiling`:
+    whether torch traces, whose graph must not depend on what has been logged."""
     if _default != "auto":
         return False
-    if _AUTO["cpu"] not in _logged:
+    if not compiling and _AUTO["cpu"] not in _logged:
         log_once(logging.DEBUG, _AUTO["cpu"])
     return True
 

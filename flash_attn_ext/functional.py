@@ -120,7 +120,13 @@ def flash_attention(
             raise TypeError(f"deterministic must be a bool or None, got {deterministic!r}")
         if _is_any_autocast_enabled():
             q, k, v = autograd.autocast(q, k, v)
-        if backend == "auto" and config is None and not batch_invariant and q.is_cpu and dispatch.takes_cpu():
+        if (
+            backend == "auto"
+            and config is None
+            and not batch_invariant
+            and q.is_cpu
+            and dispatch.takes_cpu(compiling)
+        ):
             name, own = "cpu", ()
         else:
             check_types(q, k, v, (mask, bias, kv_lengths, out), layout, causal, scale, softcap, config)
@@ -162,9 +168,9 @@ def kernels_alone(q: Tensor, k: Tensor, v: Tensor, causal: str | bool, scale: fl
     small call; None where there is something to trace, to convert or to differentiate, or to complain of."""
     if (
         not q.is_cpu
-        or not dispatch.takes_cpu()
-        or (_is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
         or _is_compiling()
+        or not dispatch.takes_cpu(compiling=False)
+        or (_is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
         or _is_any_autocast_enabled()
         or forward_mode.is_active()
     ):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import CASES, Case, build
 from harness import complaints, prepared, run
+from torch._dynamo.testing import CompileCounter
 
 import flash_attn_ext as fae
 from flash_attn_ext import _C, dispatch
@@ -210,6 +211,22 @@ def test_advice_that_is_not_taken_is_logged_once(backend, options, unused, caplo
     assert [r.levelname for r in caplog.records] == ["WARNING"] * len(unused)
     for field, record in zip(unused, caplog.records, strict=True):
         assert f"config.{field}" in record.message and repr(backend) in record.message
+
+
+def test_compiled_calls_do_not_depend_on_what_was_logged(monkeypatch):
+    monkeypatch.setattr(dispatch, "_logged", set())
+    counter = CompileCounter()
+
+    def calls(q):
+        return fae.flash_attention(q, q, q) + fae.scaled_dot_product_attention(q, q, q)
+
+    torch._dynamo.reset()
+    compiled, q = torch.compile(calls, fullgraph=True, backend=counter), torch.randn(1, 8, 2, 16)
+    compiled(q)
+    calls(q)
+    dispatch.log_once(logging.DEBUG, "something else")
+    compiled(q)
+    assert counter.frame_count == 1
 
 
 def test_batch_invariance_goes_before_block_q(caplog, monkeypatch):
