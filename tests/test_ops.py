@@ -24,7 +24,8 @@ CAUSAL = {False: 0, True: 1, "bottom_right": 1, "top_left": 2}
 def registered_operators() -> list[str]:
     """Those of the plain family; the others are test_extended_ops.py's and test_kvcache.py's."""
     names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("flash_attn_ext::")]
-    return sorted(n for n in names if "_extended" not in n and not n.endswith("_kvcache"))
+    others = ("_kvcache", "::draw_dropout_state")
+    return sorted(n for n in names if "_extended" not in n and not n.endswith(others))
 
 
 def options(case: Case) -> tuple:
@@ -59,6 +60,16 @@ def test_opcheck(name, case):
     torch.library.opcheck(op, op_arguments(name, case))
     if name in ("flash_attn_ext::attention", "flash_attn_ext::portable"):
         torch.library.opcheck(op, op_arguments(name, case, grad=True))
+
+
+def test_opcheck_of_what_is_drawn():
+    """No two results are alike, which the other checks of opcheck would compare."""
+    op = torch.ops.flash_attn_ext.draw_dropout_state.default
+    torch.library.opcheck(op, (torch.device("cpu"),), test_utils=("test_schema", "test_faketensor"))
+    torch.manual_seed(3)
+    first = op(torch.device("cpu"))
+    torch.manual_seed(3)
+    assert torch.equal(first, op(torch.device("cpu"))) and not torch.equal(first, op(torch.device("cpu")))
 
 
 def test_the_operators_are_the_ones_in_the_contract():
