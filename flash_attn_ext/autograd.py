@@ -15,6 +15,13 @@ from . import forward_mode, ops, second_order
 from ._problem import AUTOCAST_DEVICES
 
 
+def _save(ctx, tensors: tuple) -> None:
+    """For `_backward`, and for `_tangents` where there may be some."""
+    ctx.save_for_backward(*tensors)
+    if forward_ad._current_level >= 0:
+        ctx.save_for_forward(*tensors)
+
+
 def _lse(ctx, saved: tuple[Tensor, ...]) -> Tensor:
     """The log-sum-exp, computed once more where nobody asked for it."""
     operators, rest = ctx.operators, ctx.rest
@@ -76,9 +83,7 @@ class _EagerAttention(torch.autograd.Function):
             output = operators.call(*tensors, *rest)
         else:
             output = operators.call(*tensors[:3], *few, return_lse=True)
-        ctx.save_for_backward(*tensors, *output)
-        if forward_ad._current_level >= 0:
-            ctx.save_for_forward(*tensors, *output)
+        _save(ctx, (*tensors, *output))
         ctx.operators, ctx.rest, ctx.few = operators, rest, few
         return output
 
@@ -110,9 +115,7 @@ class _FunctorchAttention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         operators, *inputs = inputs
         tensors = inputs[: operators.family.first_number]
-        ctx.save_for_backward(*tensors, *output)
-        if forward_ad._current_level >= 0:
-            ctx.save_for_forward(*tensors, *output)
+        _save(ctx, (*tensors, *output))
         ctx.operators, ctx.rest = operators, tuple(inputs[len(tensors) :])
 
     @staticmethod

@@ -164,8 +164,8 @@ def flash_attention(
 
 
 def kernels_alone(q: Tensor, k: Tensor, v: Tensor, causal: str | bool, scale: float | None) -> Tensor | None:
-    """`flash_attention` of dense tensors in layout AS_GIVEN without further options, at half the price for a
-    small call; None where there is something to trace, to convert or to differentiate, or to complain of."""
+    """`flash_attention` of dense tensors in layout AS_GIVEN without further options, with less Python before
+    it; None where there is something to trace, to convert or to differentiate, or to complain of."""
     if (
         not q.is_cpu
         or _is_compiling()

@@ -120,6 +120,16 @@ class Operators:
     backward: torch._ops.OpOverload
     forward_out: torch._ops.OpOverload | None
 
+    def backward_of_part(self, given: tuple, options: Options, own: tuple) -> tuple[torch.Tensor, ...]:
+        """(dq, dk, dv) as far as they come from the keys in `given`: the arguments of `backward` before the
+        options, where out, lse and their gradients may be of more keys. `own`: what the backend wants to be
+        told."""
+        if self in (PORTABLE, PORTABLE_EXTENDED):
+            return portable.backward(*given, options, portable.Needs(), *own, of_part=True)[:3]
+        taken = tuple(options) if self.family is EXTENDED_FAMILY else options.plain()
+        needs = (False,) * len(self.family.differentiable)
+        return self.backward(*given, *taken, *needs, *own)[:3]
+
     # The operators without the frame of Python around them.
     @functools.cached_property
     def call(self) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:

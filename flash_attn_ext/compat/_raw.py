@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import dispatch, ops, portable
+from .. import dispatch, ops
 from .._errors import translate
 from .._options import Options
 from .._philox import draw_state
@@ -98,20 +98,15 @@ def _backward(
     if dropout_p > 0 and rng_state is None:
         raise ValueError("rng_state must be that of the forward pass where dropout_p is above 0, got None")
     options = _options(dropout_p, scores, rng_state, packing)
-    operators, taken, own = _operators(q, v, options, deterministic)
-    needs = (False,) * len(operators.family.differentiable)
-    lse = lse.to(kernel_lse_dtype(q))
+    operators, _, own = _operators(q, v, options, deterministic)
+    given = (dout, None, q, k, v, out, lse.to(kernel_lse_dtype(q)))
     try:
-        if operators in (ops.PORTABLE, ops.PORTABLE_EXTENDED):  # callers may have only a part of the keys
-            given = (dout, None, q, k, v, out, lse, options, portable.Needs(), *own)
-            found = portable.backward(*given, of_part=True)
-        else:
-            found = operators.backward(dout, None, q, k, v, out, lse, *taken, *needs, *own)
+        found = operators.backward_of_part(given, options, own)  # callers may have only a part of the keys
     except RuntimeError as error:
         raise translate(error) from None
-    for given, grad in zip(grads, found, strict=False):
-        if given is not None:
-            given.copy_(grad)
+    for into, grad in zip(grads, found, strict=True):
+        if into is not None:
+            into.copy_(grad)
     return (dout.float() * out.float()).sum(-1).mT
 
 

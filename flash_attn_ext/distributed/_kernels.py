@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import dispatch, ops, portable
+from .. import dispatch, ops
 from .._errors import translate
 from .._options import Options
 from .._problem import LAYOUTS
@@ -65,13 +65,9 @@ class Kernels(NamedTuple):
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv) as far as they come from these keys; out, lse and their gradients are of all keys."""
-        if self.backend == "portable":
-            needs, whole = portable.Needs(), options._replace(layout=LAYOUTS["bhsd"])
-            return portable.backward(dout, dlse, q, k, v, out, lse, whole, needs, *self.own, of_part=True)[:3]
-        needs = (False,) * len(self.operators.family.differentiable)
-        taken = self._taken(options)
+        options = options._replace(layout=LAYOUTS["bhsd"])
         try:
-            return self.operators.backward(dout, dlse, q, k, v, out, lse, *taken, *needs, *self.own)[:3]
+            return self.operators.backward_of_part((dout, dlse, q, k, v, out, lse), options, self.own)
         except RuntimeError as error:
             raise translate(error) from None
 
