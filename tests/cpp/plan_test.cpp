@@ -148,6 +148,20 @@ TEST(Plan, SmallCallsStayOnOneThread) {
   EXPECT_EQ(plan_forward(p, active_isa(), 64).threads, 1);
 }
 
+// Sizes of which one head's work, or few rows', is worth a second thread.
+TEST(Plan, FewHeadsAndFewRowsAreSharedToo) {
+  for (Isa isa : available_isas()) {
+    EXPECT_EQ(plan_backward(problem(DType::kFloat32, 1, 2, 1, 105, 204, 96, 96), isa, 2).threads, 2);
+    EXPECT_EQ(plan_backward(problem(DType::kFloat32, 1, 2, 1, 105, 204, 96, 96), isa, 2).chunks, 4);
+    // Two heads occupy two threads: short chunks would only cost.
+    EXPECT_EQ(plan_backward(problem(DType::kFloat32, 2, 1, 1, 160, 160, 256, 256), isa, 2).chunks, 1);
+    Problem one_query = problem(DType::kFloat32, 2, 3, 3, 1, 160, 128, 128);
+    EXPECT_EQ(plan_forward(one_query, isa, 2).threads, 1);
+    one_query.k.stride[3] = one_query.v.stride[3] = 1;  // read where they lie: memory is the limit
+    EXPECT_EQ(plan_forward(one_query, isa, 2).threads, 2);
+  }
+}
+
 TEST(Plan, LargeCallsUseAllThreads) {
   for (Isa isa : available_isas()) {
     // One head, many queries; and one query per head of many.
