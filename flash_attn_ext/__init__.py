@@ -6,7 +6,7 @@ Example:
     >>> out = flash_attn_ext.flash_attention(q, k, v, causal=True)
 """
 
-from . import autograd, batching, dispatch, fake, masks, nn, ops
+from . import autograd, batching, dispatch, fake, flops, masks, nn, ops
 from . import testing as testing
 from ._C import build_info as _build_info
 from .caches import KVCache, PagedKVCache
@@ -53,3 +53,4 @@ for _operators in (ops.KERNELS, ops.PORTABLE, ops.KERNELS_EXTENDED, ops.PORTABLE
         fake.register(_operators)
         autograd.register(_operators)
         batching.register(_operators)
+flops.register()
