@@ -46,13 +46,17 @@ bool wants_direct(const Problem& p, const Advice& advice) {
          !advice.batch_invariant && advice.block_q == 0 && advice.block_kv == 0;
 }
 
+int64_t direct_block(const Problem& p) {
+  return std::min(fitting(kDirectBytes, std::max(p.dim, p.dim_v) * size_of(p.dtype), 64, 256),
+                  round_up(std::max<int64_t>(p.seq_kv, 1), 64));
+}
+
 void plan_direct(const Problem& p, const KernelInfo& info, const Advice& advice, Plan* plan) {
   const int64_t units = p.batch * p.heads_kv;
   // Heads that lie side by side go through their keys together, by one task a range.
   const bool together = p.k.stride[1] < p.k.stride[2];
   plan->block_q = p.packed_rows();
-  plan->block_kv = std::min(fitting(kDirectBytes, std::max(p.dim, p.dim_v) * size_of(p.dtype), 64, 256),
-                            round_up(std::max<int64_t>(p.seq_kv, 1), 64));
+  plan->block_kv = direct_block(p);
   plan->splits = advice.splits > 0
                      ? std::min(advice.splits, ceil_div(std::max<int64_t>(p.seq_kv, 1), plan->block_kv))
                      : std::clamp<int64_t>(p.seq_kv / kFewestSplitKeys, 1,
@@ -190,6 +194,7 @@ Plan plan_backward(const Problem& p, Isa isa, int threads, const Advice& advice)
                                       : fitting(kBackwardKeyBytes, key_bytes,
                                                 key_bytes > 4096 ? info.register_cols : step, 2 * step);
   plan.block_kv = std::min(plan.block_kv, round_up(std::max<int64_t>(p.seq_kv, 1), info.register_cols));
+  if (plan.direct) plan.block_kv = direct_block(p);
   // Each row comes packed twice, and with its probabilities and gradients against the block.
   const int64_t row_bytes =
       std::max(2 * (p.dim + p.dim_v) * info.element_bytes, 2 * plan.block_kv * info.accumulator_bytes);

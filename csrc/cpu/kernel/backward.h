@@ -4,27 +4,25 @@
 // of keys. dQ rows belong to one chunk; dK and dV of a block are summed over chunks.
 #pragma once
 
+#include "cpu/kernel/backward_rows.h"
 #include "cpu/kernel/key_sums.h"
-#include "cpu/kernel/score_grad.h"
-#include "cpu/kernel/softmax_tile.h"
 
 namespace fae::cpu::FAE_ISA_NAMESPACE {
 
 template <class P, class S>
-class Backward : private ScoreGrad<P, S> {
-  using Base = ScoreGrad<P, S>;
-  using typename Base::Lse;
+class Backward : private BackwardRows<P, S> {
+  using Base = BackwardRows<P, S>;
   using typename Base::Operand;
   using typename Base::Real;
   using typename Base::TileRange;
   using typename Base::V;
   using Base::call_, Base::p_, Base::plan_, Base::arena_, Base::kRows, Base::kStep;
   using Base::k_begin_, Base::k_end_, Base::row_begin_, Base::sequence_;
+  using Base::clear, Base::delta, Base::alibi_terms, Base::dim_padded_, Base::dq_;
 
  public:
   Backward(const BackwardCall& call, const Plan& plan, std::byte* base)
       : Base(call, plan, base), dk_sums_(p_.dim, plan.block_kv), dv_sums_(p_.dim_v, plan.block_kv) {
-    dim_padded_ = round_up(p_.dim, V::kWidth);
     k_rows_ = arena_.template take<Operand>(panel_operands<P>(p_.dim, plan.block_kv));
     q_rows_ = arena_.template take<Operand>(dk_sums_.row_operands(plan.block_q));
     dout_rows_ = arena_.template take<Operand>(dv_sums_.row_operands(plan.block_q));
@@ -42,26 +40,21 @@ class Backward : private ScoreGrad<P, S> {
     }
   }
   size_t bytes() const { return arena_.used(); }
+  using Base::dq_size;
 
   // Elements of one block's dK sums, then its dV sums; see KeySums.
   static int64_t dkv_size(const Problem& p, const Plan& plan) {
     return KeySums<P, S>(p.dim, plan.block_kv).size() + KeySums<P, S>(p.dim_v, plan.block_kv).size();
   }
-  // Elements of one K/V head's dQ sums, [packed_rows][dim] padded, of its rows' delta, and of their terms of
-  // the gradient of ALiBi's slopes.
-  static int64_t dq_size(const Problem& p) {
-    return p.packed_rows() * (round_up(p.dim, V::kWidth) + 1 + (p.score.alibi.present() ? 1 : 0));
-  }
-
   // One K/V head, all rows, all keys.
   void run_head(int64_t unit) {
     select(unit, 0, 1);
-    begin_queries();
+    this->begin_queries(chunk_begin_, chunk_end_);
     for (int64_t k = 0; k < sequence_.seq_kv; k += plan_.block_kv) {
       accumulate_block(k);
       store_keys(k, dkv_);
     }
-    store_queries();
+    this->store_queries(chunk_begin_, chunk_end_);
   }
 
   // One chunk against the block of keys at k; blocks come last to first. dq: dq_size()
@@ -70,9 +63,9 @@ class Backward : private ScoreGrad<P, S> {
     select(unit, chunk, plan_.chunks);
     dq_ = dq;
     // Packed sequences may be shorter than the blocks that there are; the last of all begins.
-    if (k + plan_.block_kv >= p_.seq_kv) begin_queries();
+    if (k + plan_.block_kv >= p_.seq_kv) this->begin_queries(chunk_begin_, chunk_end_);
     const bool any = accumulate_block(k);
-    if (k == 0) store_queries();
+    if (k == 0) this->store_queries(chunk_begin_, chunk_end_);
     return any;
   }
 
@@ -90,26 +83,11 @@ class Backward : private ScoreGrad<P, S> {
   }
 
  private:
-  static void clear(Real* x, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) x[i] = 0;
-  }
-
   void select(int64_t unit, int64_t chunk, int64_t chunks) {
-    const int64_t head_kv = unit % p_.heads_kv;
-    this->set_heads(unit / p_.heads_kv, head_kv, head_kv * p_.group(), p_.group());
+    this->select_head(unit);
     const int64_t rows = this->row_count(), each = (rows + chunks - 1) / chunks;
     chunk_begin_ = chunk * each < rows ? chunk * each : rows;
     chunk_end_ = chunk_begin_ + each < rows ? chunk_begin_ + each : rows;
-  }
-
-  Real* delta() const { return dq_ + p_.packed_rows() * dim_padded_; }
-  // Sums of dS * distance, one per packed row.
-  Real* alibi_terms() const { return call_.dalibi_rows.present() ? delta() + p_.packed_rows() : nullptr; }
-
-  void begin_queries() {
-    clear(dq_ + chunk_begin_ * dim_padded_, (chunk_end_ - chunk_begin_) * dim_padded_);
-    this->compute_delta(chunk_begin_, chunk_end_, delta() + chunk_begin_);
-    if (Real* const terms = alibi_terms()) clear(terms + chunk_begin_, chunk_end_ - chunk_begin_);
   }
 
   // False when no row of the chunk sees any of the keys; dkv_ is zero then.
@@ -304,62 +282,18 @@ class Backward : private ScoreGrad<P, S> {
     }
   }
 
-  // dot products carry no scale, so their gradients get it here, in fp32.
-  void store_queries() {
-    const typename V::Reg scale = V::set1(Real(p_.score.scale));
-    for (int64_t row = chunk_begin_; row < chunk_end_; ++row) {
-      const RowRef at = this->ref(row);
-      const StoredRow<S> to = gradient_row(call_.dq, at.head, sequence_.first_query + at.query);
-      for (int64_t c = 0; c < p_.dim; c += V::kWidth) {
-        to.template store<V>(c, p_.dim, V::mul(V::load(dq_ + row * dim_padded_ + c), scale));
-      }
-      if (alibi_terms()) {
-        static_cast<Real*>(call_.dalibi_rows.data)[this->flat_index(call_.dalibi_rows, row)] =
-            -alibi_terms()[row];
-      }
-      if (call_.dsink_rows.present()) {
-        static_cast<Real*>(call_.dsink_rows.data)[this->flat_index(call_.dsink_rows, row)] =
-            sink_gradient(row, at);
-      }
-    }
-  }
-
-  // d lse / d sink is the sink's probability, and of the output it takes its share of delta.
-  Real sink_gradient(int64_t row, const RowRef& at) const {
-    const Lse lse = this->template value_of<Lse>(call_.lse, row);
-    const Lse sink = Lse(p_.score.sinks.at(this->b_, at.head));
-    if (sink == Lse(-__builtin_inf())) return 0;
-    // lse is the sink alone for rows without keys, to which nothing has a gradient.
-    if (lse == sink && !sees_any(at)) return 0;
-    const Real dlse = call_.dlse.present() ? Real(this->template value_of<Lse>(call_.dlse, row)) : Real(0);
-    return Real(exp_of(sink - lse)) * (dlse - delta()[row]);
-  }
-  bool sees_any(const RowRef& at) const {
-    const KeyRange keys = visible_keys(sequence_.band, sequence_.kv_length, at.query, at.query + 1);
-    for (int64_t j = keys.begin; j < keys.end; ++j) {
-      if (is_visible(p_, sequence_, this->b_, at.head, at.query, j)) return true;
-    }
-    return false;
-  }
-
   // P carries no factor of dropout, so dV gets it here.
   void store_keys(int64_t k, const Real* dkv) {
     const int64_t left = sequence_.seq_kv - k, n = left < plan_.block_kv ? left : plan_.block_kv;
     const int64_t first = sequence_.first_key + k;
     dk_sums_.store(n, V::set1(Real(p_.score.scale)), dkv,
-                   [&](int64_t key) { return gradient_row(call_.dk, this->head_kv_, first + key); });
+                   [&](int64_t key) { return this->gradient_row(call_.dk, this->head_kv_, first + key); });
     dv_sums_.store(n, V::set1(Real(p_.dropout.keep_scale)), dkv + dk_sums_.size(),
-                   [&](int64_t key) { return gradient_row(call_.dv, this->head_kv_, first + key); });
-  }
-
-  StoredRow<S> gradient_row(const View4& x, int64_t head, int64_t row) const {
-    return {static_cast<S*>(x.data) + x.offset(this->b_, head, row), x.stride[3]};
+                   [&](int64_t key) { return this->gradient_row(call_.dv, this->head_kv_, first + key); });
   }
 
   const KeySums<P, S> dk_sums_, dv_sums_;
-  int64_t dim_padded_;
   int64_t chunk_begin_ = 0, chunk_end_ = 0;
-  Real* dq_ = nullptr;      // [packed_rows][dim_padded], then delta and terms of ALiBi [packed_rows]
   Real* dkv_ = nullptr;     // sums of dK, then of dV
   Operand* k_rows_;         // panels of dim columns, depth block_kv
   Operand* q_rows_;         // [block_q], packed for dk_sums_

@@ -81,6 +81,7 @@ class ScoreGrad {
   using Lse = typename LseType<S>::Type;
   static constexpr int kRows = P::kTileRows;
   static constexpr int64_t kStep = kPanel<P> * P::kPair;
+  using Products = Direct<P, S>;
 
   // The keys of a register tile that its rows may see: columns [first, first + keys) of
   // the block, padded to whole vectors.
@@ -99,19 +100,25 @@ class ScoreGrad {
 
   ScoreGrad(const BackwardCall& call, const Plan& plan, std::byte* base)
       : call_(call), p_(call.problem), plan_(plan), scale_(call.problem.score), arena_(base) {
-    dim_operand_ = round_up(p_.dim, plan.direct ? Direct<P, S>::kChunk : P::kDepth);
-    dim_v_operand_ = round_up(p_.dim_v, P::kDepth);
-    k_columns_ = arena_.take<Operand>(panel_operands<P>(plan.block_kv, p_.dim));
-    v_columns_ = arena_.take<Operand>(panel_operands<P>(plan.block_kv, p_.dim_v));
+    const int64_t step = plan.direct ? Products::kChunk : int64_t(P::kDepth);
+    dim_operand_ = round_up(p_.dim, step);
+    dim_v_operand_ = round_up(p_.dim_v, step);
+    if (plan.direct) {
+      arranged_ =
+          arena_.take<Operand>(kRows * (dim_operand_ > dim_v_operand_ ? dim_operand_ : dim_v_operand_));
+      tile_out_ = arena_.take<S>(kRows * p_.dim_v);
+    } else {
+      k_columns_ = arena_.take<Operand>(panel_operands<P>(plan.block_kv, p_.dim));
+      v_columns_ = arena_.take<Operand>(panel_operands<P>(plan.block_kv, p_.dim_v));
+      tile_columns_ = arena_.take<Operand>(panel_operands<P>(kRows, p_.dim_v));
+    }
     q_ = arena_.take<Operand>(plan.block_q * dim_operand_);
     dout_ = arena_.take<Operand>(plan.block_q * dim_v_operand_);
     lse_ = arena_.take<Real>(plan.block_q);
     lse_low_ = arena_.take<Real>(plan.block_q);
     delta_ = arena_.take<Real>(plan.block_q);
     dlse_ = arena_.take<Real>(plan.block_q);
-    if (plan.direct) tile_queries_ = arena_.take<Operand>(kRows * dim_operand_);
     tile_rows_ = arena_.take<Operand>(kRows * dim_v_operand_);
-    tile_columns_ = arena_.take<Operand>(panel_operands<P>(kRows, p_.dim_v));
     scratch_ = arena_.take<Real>(plan.block_kv);
     if (p_.score.softcap > 0) slope_ = arena_.take<Real>(kRows * plan.block_kv);
     if (p_.dropout.present()) {
@@ -155,7 +162,8 @@ class ScoreGrad {
   void load_keys(int64_t k_begin, int64_t k_end) {
     k_begin_ = k_begin;
     k_end_ = k_end;
-    if (!plan_.direct) pack_transposed<P>(keys_of(p_.k, k_begin), k_end - k_begin, p_.dim, k_columns_);
+    if (plan_.direct) return;
+    pack_transposed<P>(keys_of(p_.k, k_begin), k_end - k_begin, p_.dim, k_columns_);
     pack_transposed<P>(keys_of(p_.v, k_begin), k_end - k_begin, p_.dim_v, v_columns_);
   }
 
@@ -189,20 +197,12 @@ class ScoreGrad {
   // delta of packed rows [begin, end), by the very product that makes dP: a row that sees
   // one key has O = V, and dP - delta is then exactly 0 and not a rounding error.
   void compute_delta(int64_t begin, int64_t end, Real* delta) {
-    const int64_t steps = dim_v_operand_ / P::kPair;
-    for (int64_t row = begin; row < end; row += kRows) {
+    for (int64_t row = begin; row < end; row += kRows, delta += kRows) {
       const int rows = int(end - row < kRows ? end - row : kRows);
-      for (int i = 0; i < rows; ++i)
-        pack_operand<P>(query_of(call_.out, row + i), 1, p_.dim_v, tile_rows_ + i * dim_v_operand_);
-      pack_transposed<P>(SourceRows<Operand>{tile_rows_, dim_v_operand_, 1}, rows, dim_v_operand_,
-                         tile_columns_);
-      for (int i = 0; i < rows; ++i)
-        pack_operand<P>(query_of(call_.dout, row + i), 1, p_.dim_v, tile_rows_ + i * dim_v_operand_);
-      Real products[kRows * kPanel<P>];
-      multiply_tile<P, Update::kStore>(
-          rows, (rows + V::kWidth - 1) / V::kWidth,
-          {steps, tile_rows_, dim_v_operand_, P::kPair, tile_columns_, kStep, products, kPanel<P>, nullptr});
-      for (int i = 0; i < rows; ++i) delta[row - begin + i] = products[i * kPanel<P> + i];
+      Real products[kRows * kDeltaColumns];  // of every dO with every O
+      if (plan_.direct) multiply_outputs_as_they_lie(row, rows, products);
+      else multiply_outputs(row, rows, products);
+      for (int i = 0; i < rows; ++i) delta[i] = products[i * kDeltaColumns + i];
     }
   }
 
@@ -221,15 +221,8 @@ class ScoreGrad {
     const int64_t columns = round_up(keys, kColumns<P>);
     *range = {first, keys, columns, mask.narrowed};
     // By the very product of the forward pass: P adds up to 1 although both are rounded.
-    if (plan_.direct) {
-      using Products = Direct<P, S>;
-      const SourceRows<S> from = keys_of(p_.k, k_begin_ + first);
-      Products::arrange(queries_.from(row).data, queries_.ld, rows, p_.dim, tile_queries_);
-      Products::score(tile_queries_, rows, {from, Products::rows_ahead(p_.dim) * from.row}, keys, p_.dim,
-                      s + first, ld);
-    } else {
-      multiply_columns(queries_.from(row), dim_operand_, k_columns_, rows, *range, s, ld);
-    }
+    if (plan_.direct) multiply_as_they_lie(queries_.from(row), p_.k, p_.dim, rows, *range, s, ld);
+    else multiply_columns(queries_.from(row), dim_operand_, k_columns_, rows, *range, s, ld);
     const bool partial = classify(sequence_.band, sequence_.kv_length, q_begin, q_end, k_begin_ + first,
                                   mask.end) != TileClass::kFull;
     const ScoreTile<V> tile{s + first, ld, k_begin_ + first, keys, columns, b_, refs, rows};
@@ -243,7 +236,8 @@ class ScoreGrad {
                     TileRange* range, Real* alibi = nullptr) {
     Real* slope = before_softcap ? slope_ : nullptr;
     if (!compute_scores(row, rows, s, ld, slope, range)) return false;
-    multiply_columns(douts_.from(row), dim_v_operand_, v_columns_, rows, *range, ds, ld);
+    if (plan_.direct) multiply_as_they_lie(douts_.from(row), p_.v, p_.dim_v, rows, *range, ds, ld);
+    else multiply_columns(douts_.from(row), dim_v_operand_, v_columns_, rows, *range, ds, ld);
     const KeyDistance<V> distance(sequence_, k_begin_ + range->first);
     for (int i = 0; i < rows; ++i) {
       const int64_t r = row + i;
@@ -277,24 +271,27 @@ class ScoreGrad {
   Sequence sequence_;
   int64_t k_begin_ = 0, k_end_ = 0;  // loaded keys
   int64_t row_begin_ = 0;            // first loaded packed row
-  Operand* k_columns_;               // panels of block_kv columns, depth dim
-  Operand* v_columns_;               // panels of block_kv columns, depth dim_v
-  RowOperands queries_, douts_;      // loaded rows
-  Operand* q_;                       // [block_q][dim], room for them
-  Operand* dout_;                    // [block_q][dim_v]
-  Real* lse_;                        // [block_q], and what its rounding left over
-  Real* lse_low_;                    // [block_q]
-  Real* delta_;                      // [block_q]
-  Real* dlse_;                       // [block_q]
-  Operand* tile_rows_;               // [kRows][dim_v], for compute_delta
-  Operand* tile_queries_ = nullptr;  // [kRows], arranged for products with keys as they lie
-  Operand* tile_columns_;            // panel of kRows columns, depth dim_v
+  Operand* k_columns_ = nullptr;  // panels of block_kv columns, depth dim; none where keys stay as they lie
+  Operand* v_columns_ = nullptr;  // panels of block_kv columns, depth dim_v; the same
+  RowOperands queries_, douts_;   // loaded rows
+  Operand* q_;                    // [block_q][dim], room for them
+  Operand* dout_;                 // [block_q][dim_v]
+  Real* lse_;                     // [block_q], and what its rounding left over
+  Real* lse_low_;                 // [block_q]
+  Real* delta_;                   // [block_q]
+  Real* dlse_;                    // [block_q]
+  Operand* arranged_ = nullptr;   // [kRows] rows for products with keys or values as they lie
+  Operand* tile_rows_;            // [kRows][dim_v], for compute_delta
+  Operand* tile_columns_ = nullptr;  // panel of kRows columns, depth dim_v, for the same
+  S* tile_out_ = nullptr;            // [kRows][dim_v], the same for direct plans
   Real* scratch_;                    // [block_kv]
   Real* slope_ = nullptr;            // [kRows][block_kv], with softcap
   Real* keep_ = nullptr;             // [block_kv] factors of a row, with dropout
   PhiloxKey dropout_key_{};
 
  private:
+  static constexpr int64_t kDeltaColumns = round_up(kRows, kPanel<P>);
+
   SourceRows<S> rows_of(const View4& x, int64_t head, int64_t row) const {
     return {static_cast<const S*>(x.data) + x.offset(b_, head, row), x.stride[2], x.stride[3]};
   }
@@ -309,10 +306,8 @@ class ScoreGrad {
         return {query_of(x, begin).data, group_ == 1 ? x.stride[2] : x.stride[1]};
       }
     }
-    for (int64_t row = begin; row < end; ++row, room += padded) {
-      pack_operand<P>(query_of(x, row), 1, columns, room);
-      for (int64_t c = round_up(columns, P::kDepth); c < padded; ++c) room[c] = Operand{};
-    }
+    for (int64_t row = begin; row < end; ++row, room += padded)
+      pack_padded(query_of(x, row), columns, padded, room);
     return {room - (end - begin) * padded, padded};
   }
 
@@ -320,6 +315,45 @@ class ScoreGrad {
     constexpr int64_t kLine = int64_t(64 / sizeof(S));
     if (row.column != 1) return;
     for (int64_t c = 0; c < columns; c += kLine) __builtin_prefetch(row.data + c, 0, 2);
+  }
+
+  // products[i][j] = dO of row + i times O of row + j, [kRows][kDeltaColumns].
+  void multiply_outputs(int64_t row, int rows, Real* products) {
+    for (int i = 0; i < rows; ++i)
+      pack_operand<P>(query_of(call_.out, row + i), 1, p_.dim_v, tile_rows_ + i * dim_v_operand_);
+    pack_transposed<P>(SourceRows<Operand>{tile_rows_, dim_v_operand_, 1}, rows, dim_v_operand_,
+                       tile_columns_);
+    pack_douts(row, rows);
+    multiply_tile<P, Update::kStore>(rows, (rows + V::kWidth - 1) / V::kWidth,
+                                     {dim_v_operand_ / P::kPair, tile_rows_, dim_v_operand_, P::kPair,
+                                      tile_columns_, kStep, products, kDeltaColumns, nullptr});
+  }
+  void multiply_outputs_as_they_lie(int64_t row, int rows, Real* products) {
+    for (int i = 0; i < rows; ++i) {
+      const SourceRows<S> out = query_of(call_.out, row + i);
+      for (int64_t c = 0; c < p_.dim_v; ++c) tile_out_[i * p_.dim_v + c] = out.data[c * out.column];
+    }
+    pack_douts(row, rows);
+    Products::arrange(tile_rows_, dim_v_operand_, rows, p_.dim_v, arranged_);
+    Products::score(arranged_, rows, {{tile_out_, p_.dim_v, 1}, 0}, rows, p_.dim_v, products, kDeltaColumns);
+  }
+  void pack_douts(int64_t row, int rows) {
+    for (int i = 0; i < rows; ++i)
+      pack_padded(query_of(call_.dout, row + i), p_.dim_v, dim_v_operand_, tile_rows_ + i * dim_v_operand_);
+  }
+  // One row as an operand, with zeros up to `padded`.
+  static void pack_padded(const SourceRows<S>& row, int64_t columns, int64_t padded, Operand* to) {
+    pack_operand<P>(row, 1, columns, to);
+    for (int64_t c = round_up(columns, P::kDepth); c < padded; ++c) to[c] = Operand{};
+  }
+
+  // c[rows][first .. first + keys) = a times loaded rows of x, keys or values, where these lie in memory.
+  void multiply_as_they_lie(const RowOperands& a, const View4& x, int64_t columns, int rows,
+                            const TileRange& range, Real* c, int64_t ld) {
+    const SourceRows<S> from = keys_of(x, k_begin_ + range.first);
+    Products::arrange(a.data, a.ld, rows, columns, arranged_);
+    Products::score(arranged_, rows, {from, Products::rows_ahead(columns) * from.row}, range.keys, columns,
+                    c + range.first, ld);
   }
 
   // c[rows][first .. first + columns) = a b

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/kernel/backward.h"
+#include "cpu/kernel/backward_direct.h"
 #include "cpu/kernel/bias_grad.h"
 #include "cpu/kernel/decode.h"
 #include "cpu/kernel/forward.h"
@@ -26,13 +27,15 @@ template <class P, class S>
 struct BackwardFunctions {
   using Real = typename P::Vec::Elem;
   static size_t workspace(const BackwardCall& call, const Plan& plan) {
-    return Backward<P, S>(call, plan, nullptr).bytes();
+    return plan.direct ? DirectBackward<P, S>(call, plan, nullptr).bytes()
+                       : Backward<P, S>(call, plan, nullptr).bytes();
   }
   static size_t dq_bytes(const Problem& p) { return size_t(Backward<P, S>::dq_size(p)) * sizeof(Real); }
   static size_t dkv_bytes(const Problem& p, const Plan& plan) {
     return size_t(Backward<P, S>::dkv_size(p, plan)) * sizeof(Real);
   }
   static void run_head(const BackwardCall& call, const Plan& plan, int64_t unit, std::byte* workspace) {
+    if (plan.direct) return DirectBackward<P, S>(call, plan, workspace).run_head(unit);
     const typename P::Session session;
     Backward<P, S>(call, plan, workspace).run_head(unit);
   }
