@@ -103,6 +103,17 @@ class TestMergeStates:
             fae.merge_states(*halves()[0], layout="sbhd")
 
 
+# "documents": keys per document; "dense": the share of keys that a mask hides, beside whole blocks.
+BATCH_INVARIANT_OPTIONS = {
+    "causal": {"causal": True},
+    "window": {"window": (150, 0)},
+    "two-sided window": {"window": (37, 70), "softcap": 2.0},
+    "documents": {"documents": 170},
+    "documents, causal": {"documents": 45, "causal": True},
+    "dense mask": {"dense": 0.5},
+}
+
+
 def qkv(*shape, **kw):
     return [torch.randn(*shape, **kw) for _ in range(3)]
 
@@ -296,6 +307,30 @@ class TestChoosing:
             for start, rows in ((0, 67), (1, 67), (64, 67), (131, 67), (3, 5), (150, 1)):
                 part = fae.flash_attention(q[:, start : start + rows], k, v, batch_invariant=True)
                 assert torch.equal(part, whole[:, start : start + rows]), (start, rows)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("options", BATCH_INVARIANT_OPTIONS)
+    def test_batch_invariant_bits_where_keys_are_hidden(self, cpu_target, options, dtype):
+        """Which keys a tile of rows leaves out depends on all of its rows, and must not show in any."""
+        random = torch.Generator().manual_seed(2)
+        q, k, v = (torch.randn(1, 600, h, 32, generator=random).to(dtype) for h in (6, 2, 2))
+        options, mask = dict(BATCH_INVARIANT_OPTIONS[options]), None
+        if "documents" in options:
+            mask = torch.arange(600) // options.pop("documents")
+        elif "dense" in options:
+            mask = torch.rand(600, 600, generator=random) > options.pop("dense")
+            mask[:, ::7] |= (torch.arange(600) // 90 % 3 == 0)[:, None]
+            mask[300:450, 100:300] = False
+
+        def attend(rows):
+            part = mask if mask is None else mask[-rows:]
+            if mask is not None and mask.dim() == 1:
+                part = fae.masks.DocumentMask(part, mask)
+            return fae.flash_attention(q[:, -rows:], k, v, mask=part, batch_invariant=True, **options)
+
+        whole = attend(600)
+        for rows in (599, 598, 301, 100, 37, 1):
+            assert torch.equal(attend(rows), whole[:, -rows:]), rows
 
     def test_batch_invariant_gradients(self, cpu_target):
         """Of one batch alone and among as many that its rows would be cut otherwise."""

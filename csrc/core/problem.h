@@ -111,12 +111,6 @@ struct Problem {
   }
 };
 
-// Matrix-product FLOPs of the forward pass if every key were visible.
-FAE_HD inline double dense_forward_flops(const Problem& p) {
-  return 2.0 * double(p.batch) * double(p.heads_q) * double(p.seq_q) * double(p.seq_kv) *
-         double(p.dim + p.dim_v);
-}
-
 // Whether query i of head_q may see key j, all rules together. Kernels decide by tiles;
 // this per-element form is for single rows and for tests.
 FAE_HD inline bool is_visible(const Problem& p, const Sequence& sequence, int64_t b, int64_t head_q,

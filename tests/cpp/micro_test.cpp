@@ -1,5 +1,6 @@
 // The micro-kernel for every tile shape and update against plain loops; and the packed
 // product as the kernels put it together.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <random>
@@ -44,16 +45,14 @@ void check_tiles(const ProductProbe<Real, Operand, S>& p) {
           Guarded<Operand> b(depth ? size_t((depth - 1) * ldb + columns * p.pair) : 0);
           const int64_t ldc = columns + 3;
           Guarded<Real> c(size_t((rows - 1) * ldc + columns));
-          std::vector<Real> alpha(static_cast<size_t>(rows));
           fill(a.data(), a.size(), 1);
           fill(b.data(), b.size(), 2);
-          fill(alpha.data(), alpha.size(), 4);
-          for (Update update : {Update::kStore, Update::kAdd, Update::kScaleAdd}) {
+          for (Update update : {Update::kStore, Update::kAdd}) {
             fill(c.data(), c.size(), 3);
             const std::vector<Real> before(c.begin(), c.end());
-            p.multiply(update, rows, vecs,
-                       TileProduct<Real, Operand>{depth, a.data(), a_row, a_depth, b.data(), ldb, c.data(),
-                                                  ldc, alpha.data()});
+            p.multiply(
+                update, rows, vecs,
+                TileProduct<Real, Operand>{depth, a.data(), a_row, a_depth, b.data(), ldb, c.data(), ldc, 0});
             for (int r = 0; r < rows; ++r) {
               for (int j = 0; j < (r + 1 < rows ? ldc : columns); ++j) {
                 const double old = before[size_t(r * ldc + j)];
@@ -61,9 +60,7 @@ void check_tiles(const ProductProbe<Real, Operand, S>& p) {
                   ASSERT_EQ(c[size_t(r * ldc + j)], Real(old)) << "written past the tile";
                   continue;
                 }
-                double wanted = update == Update::kStore ? 0
-                                : update == Update::kAdd ? old
-                                                         : old * alpha[size_t(r)];
+                double wanted = update == Update::kStore ? 0 : old;
                 double size = std::fabs(wanted) + 1;
                 for (int64_t d = 0; d < depth; ++d) {
                   for (int e = 0; e < p.pair; ++e) {
@@ -88,6 +85,33 @@ TEST_P(Micro, EveryTileShape) {
   for_each_product(isa(), [](const auto& p) { check_tiles(p); });
 }
 
+// Steps of zeros before the others may be left out: no bit changes.
+template <class Real, class Operand, class S>
+void check_leading_zeros(const ProductProbe<Real, Operand, S>& p) {
+  SCOPED_TRACE(p.name);
+  const int64_t whole = p.depth / p.pair, depth = 200 / whole * whole;
+  const int64_t a_row = depth * p.pair, ldb = p.panel * p.pair;
+  const int columns = p.tile_vecs * p.width;
+  for (int64_t zeros = 0; zeros < depth; zeros += whole) {
+    Guarded<Operand> a(size_t(p.tile_rows * a_row)), b(size_t(depth * ldb));
+    fill(a.data(), a.size(), 1);
+    fill(b.data(), b.size(), 2);
+    for (int r = 0; r < p.tile_rows; ++r)
+      std::fill_n(a.data() + r * a_row, size_t(zeros * p.pair), Operand{});
+    std::vector<Real> all(size_t(p.tile_rows * columns), Real(0.3)), rest = all;
+    p.multiply(
+        Update::kAdd, p.tile_rows, p.tile_vecs,
+        TileProduct<Real, Operand>{depth, a.data(), a_row, p.pair, b.data(), ldb, all.data(), columns, 0});
+    p.multiply(Update::kAdd, p.tile_rows, p.tile_vecs,
+               TileProduct<Real, Operand>{depth - zeros, a.data() + zeros * p.pair, a_row, p.pair,
+                                          b.data() + zeros * ldb, ldb, rest.data(), columns, zeros});
+    ASSERT_EQ(all, rest) << zeros;
+  }
+}
+TEST_P(Micro, LeadingZerosChangeNoBit) {
+  for_each_product(isa(), [](const auto& p) { check_leading_zeros(p); });
+}
+
 // Q K^T from strided storage: pack_operand, pack_transposed and all tiles of a ragged shape.
 template <class Real, class Operand, class S>
 void check_packed(const ProductProbe<Real, Operand, S>& p) {
@@ -109,7 +133,7 @@ void check_packed(const ProductProbe<Real, Operand, S>& p) {
         p.multiply(Update::kStore, int(std::min<int64_t>(p.tile_rows, m - r)), int(columns / p.width),
                    TileProduct<Real, Operand>{steps, a.data() + r * steps * p.pair, steps * p.pair, p.pair,
                                               b.data() + j / p.panel * steps * p.panel * p.pair,
-                                              p.panel * p.pair, c.data() + r * ld + j, ld, nullptr});
+                                              p.panel * p.pair, c.data() + r * ld + j, ld, 0});
       }
     }
     for (int64_t r = 0; r < m; ++r) {

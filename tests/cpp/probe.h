@@ -37,7 +37,6 @@ struct VecProbe {
   Binary add, sub, mul, div, max;
   Ternary fma;
   Compare less, equal;
-  bool (*any_less)(const Real* a, const Real* b);
   void (*bytes_set)(const uint8_t* p, int n, const Real* x, const Real* y, Real* result);
   Unary exp2, tanh;
   Real (*reduce_max)(const Real* x);
@@ -66,7 +65,7 @@ struct ScoreProbe {
   Row (*row_ref)(int64_t row, int64_t head_kv, int64_t group);
 };
 
-enum class Update { kStore, kAdd, kScaleAdd };
+enum class Update { kStore, kAdd };
 
 // Arguments of the micro-kernel; strides count operands, depth counts steps of `pair`.
 template <class Real, class Operand>
@@ -78,7 +77,7 @@ struct TileProduct {
   int64_t ldb;
   Real* c;
   int64_t ldc;
-  const Real* alpha;
+  int64_t first;  // steps of the sum that lie before
 };
 
 // A matrix that is packed: element (r, c) at data[r * row + c * column].

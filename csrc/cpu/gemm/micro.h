@@ -18,13 +18,7 @@ void tile_product(const TileArgs<P>& args) {
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int j = 0; j < kVecs; ++j) {
-      if constexpr (kUpdate == Update::kScaleAdd) {
-        acc[r][j] = V::mul(V::set1(args.alpha[r]), V::load(args.c + r * args.ldc + j * V::kWidth));
-      } else {
-        acc[r][j] = V::zero();
-      }
-    }
+    for (int j = 0; j < kVecs; ++j) acc[r][j] = V::zero();
   }
   const typename P::Operand* a = args.a;
   const typename P::Operand* b = args.b;
@@ -69,7 +63,8 @@ struct TileTable {
 };
 
 // Long sums are taken in pieces of P::kLongestSum steps: rounding errors of a running sum
-// grow with its length, those of a sum of sums far less.
+// grow with its length, those of a sum of sums far less. They end at whole multiples in the longer sum, so
+// that leaving out steps of zeros before the first one changes no bit.
 template <class P, Update kUpdate>
 FAE_INLINE void multiply_tile(int rows, int vecs, TileArgs<P> args) {
   if constexpr (P::kTiles) {
@@ -78,7 +73,8 @@ FAE_INLINE void multiply_tile(int rows, int vecs, TileArgs<P> args) {
     static constexpr TileTable<P, kUpdate> first{};
     static constexpr TileTable<P, Update::kAdd> further{};
     int64_t left = args.depth;
-    args.depth = left < P::kLongestSum ? left : P::kLongestSum;
+    const int64_t piece = P::kLongestSum - args.first % P::kLongestSum;
+    args.depth = left < piece ? left : piece;
     first.fn[rows - 1][vecs - 1](args);
     while ((left -= args.depth) > 0) {
       args.a += args.depth * args.a_depth;

@@ -5,7 +5,7 @@
 
 namespace fae::cpu::FAE_ISA_NAMESPACE {
 
-enum class Update { kStore, kAdd, kScaleAdd };  // C = AB, C += AB, C = alpha[row] C + AB
+enum class Update { kStore, kAdd };  // C = AB, C += AB
 
 // One step of depth covers kPair contraction elements; a_depth and ldb are per step,
 // all strides count Operands (columns of B are kPair Operands wide when kPair > 1).
@@ -20,13 +20,15 @@ struct TileArgs {
   int64_t ldb;
   Real* c;
   int64_t ldc;
-  const Real* alpha;
+  int64_t first;  // steps of a longer sum that lie before these
 };
 
 // A product has an Operand type (what panels and row operands hold), the vector type
 // of its accumulators, and moves kPair contraction elements per step. store() writes a
-// vector of scores as row operands; store_lanes() writes a register of packed operands.
-// exp2() is as exact as operands can hold.
+// vector of scores as row operands; store_lanes() writes a register of packed operands, store_lanes_n() its
+// first lanes. exp2() is as exact as operands can hold. With kPair 2 there are also load_pairs(p, n), n
+// operands of a row as pairs; interleave(even, odd, low, high), pairs of two rows; store_interleaved(p,
+// even, odd), two vectors of scores as such; store_both(p, a, b), one behind the other; all_finite(r).
 //
 //   kTileRows, kTileVecs  the largest tile that is multiplied at a time: rows x vectors
 //   kDepth                operands are padded with zeros to multiples of so many contraction elements

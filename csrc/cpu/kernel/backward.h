@@ -108,14 +108,13 @@ class Backward : private BackwardRows<P, S> {
         clear_packed_row<P>(k_rows_, k_end - k, p_.dim, special_[i]);
     }
     for (int64_t row = begin; row < end; row += plan_.block_q) {
-      const int64_t next = row + plan_.block_q < end ? row + plan_.block_q : end;
-      this->fetch_rows(next, next + plan_.block_q < end ? next + plan_.block_q : end);
-      accumulate_rows(row, next);
+      accumulate_rows(row, row + plan_.block_q < end ? row + plan_.block_q : end, end);
     }
     return true;
   }
 
-  void accumulate_rows(int64_t begin, int64_t end) {
+  // Rows [begin, end); those up to `all` come next.
+  void accumulate_rows(int64_t begin, int64_t end, int64_t all) {
     const int64_t n = end - begin;
     this->load_rows(begin, end, delta() + begin);
     special_queries_ = pack_rows_of(p_.q, begin, n, p_.dim, dk_sums_, q_rows_, special_ + plan_.block_kv);
@@ -124,6 +123,8 @@ class Backward : private BackwardRows<P, S> {
     KeyRange used{plan_.block_kv, 0};  // columns of the block that some row sees
     for (int64_t r = 0; r < n; r += kRows) {
       const int rows = int(n - r < kRows ? n - r : kRows);
+      const int64_t next = end + r, left = all - next;
+      if (left > 0) this->fetch_rows(next, next + (left < kRows ? left : kRows));
       TileRange range;
       Real* s;
       Real* ds;
@@ -191,7 +192,8 @@ class Backward : private BackwardRows<P, S> {
     if (by_band && range.first > kMargin) read.begin = range.first - kMargin;
     if (by_band && after + kMargin < read.end) read.end = after + kMargin;
     for (int i = 0; i < rows; ++i) {
-      for (Real* row : {s + i * plan_.block_kv, ds + i * plan_.block_kv}) {
+      Real* const both[] = {s + i * plan_.block_kv, ds + i * plan_.block_kv};
+      for (Real* row : both) {
         clear(row + read.begin, range.first - read.begin);
         clear(row + after, read.end - after);
       }
@@ -204,7 +206,8 @@ class Backward : private BackwardRows<P, S> {
   void interleave_tile(int64_t r, int rows, const KeyRange& columns) {
     const int64_t ld = plan_.block_kv;
     for (int i = rows + rows % 2; i < round_up(rows, P::kDepth); i += 2) {
-      for (Operand* weights : {probabilities_, gradients_})
+      Operand* const both[] = {probabilities_, gradients_};
+      for (Operand* weights : both)
         __builtin_memset(weights + (r + i) * ld + 2 * columns.begin, 0,
                          size_t(columns.end - columns.begin) * 2 * sizeof(Operand));
     }
@@ -232,7 +235,7 @@ class Backward : private BackwardRows<P, S> {
           rows, vectors_in<P>(dim_padded_ - c),
           {steps, gradients + range.first, plan_.block_kv, P::kPair,
            k_rows_ + (c / kPanel<P> * block_steps + range.first / P::kPair) * kStep, kStep,
-           dq_ + row * dim_padded_ + c, dim_padded_, nullptr});
+           dq_ + row * dim_padded_ + c, dim_padded_, range.first / P::kPair});
     }
   }
 

@@ -84,7 +84,8 @@ class DirectBackward : private BackwardRows<P, S> {
                                                            alibi_terms() ? alibi_terms() + r : nullptr);
       if (!seen) range = {};
       for (int i = 0; i < count; ++i) {
-        for (Real* row : {s + i * plan_.block_kv, ds + i * plan_.block_kv}) {
+        Real* const both[] = {s + i * plan_.block_kv, ds + i * plan_.block_kv};
+        for (Real* row : both) {
           clear(row, range.first);
           clear(row + range.first + range.columns, plan_.block_kv - range.first - range.columns);
         }

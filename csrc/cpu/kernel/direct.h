@@ -65,12 +65,18 @@ class Direct {
   }
 
   // acc[r] = alpha[r] acc[r] + sum_j p[r][j] values[j]; acc: [rows][acc_ld], whole vectors. p[r] is read up
-  // to whole pairs, and finite there.
+  // to whole pairs, and finite there. Long sums are taken in pieces; see multiply_tile().
   static void accumulate(const Operand* p, int64_t p_ld, int rows, const Real* alpha, const Rows& values,
                          int64_t n, int64_t dim_v, Real* acc, int64_t acc_ld) {
-    for (int r = 0; r < rows; r += kGroup) {
-      const int group = rows - r < kGroup ? rows - r : kGroup;
-      add_fn<kGroup>(group)(p + r * p_ld, p_ld, alpha + r, values, n, dim_v, acc + r * acc_ld, acc_ld);
+    Real one[kGroup];
+    for (int r = 0; r < kGroup; ++r) one[r] = 1;
+    for (int64_t k = 0; k < n; k += P::kLongestSum) {
+      const int64_t count = n - k < P::kLongestSum ? n - k : P::kLongestSum;
+      for (int r = 0; r < rows; r += kGroup) {
+        const int group = rows - r < kGroup ? rows - r : kGroup;
+        add_fn<kGroup>(group)(p + r * p_ld + k, p_ld, k == 0 ? alpha + r : one, values.from_row(k), count,
+                              dim_v, acc + r * acc_ld, acc_ld);
+      }
     }
   }
 
@@ -269,8 +275,7 @@ class Direct {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-      for (int j = 0; j < kVecs; ++j)
-        sum[r][j] = V::mul(V::set1(alpha[r]), V::load(acc + r * acc_ld + c + j * W));
+      for (int j = 0; j < kVecs; ++j) sum[r][j] = V::zero();
     }
     // The first pass fetches for all.
     const int64_t fetched = c == 0 ? dim_v : 0;
@@ -296,7 +301,10 @@ class Direct {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-      for (int j = 0; j < kVecs; ++j) V::store(acc + r * acc_ld + c + j * W, sum[r][j]);
+      for (int j = 0; j < kVecs; ++j) {
+        Real* const to = acc + r * acc_ld + c + j * W;
+        V::store(to, V::fma(V::set1(alpha[r]), V::load(to), sum[r][j]));
+      }
     }
   }
 

@@ -117,11 +117,12 @@ class Forward : private ForwardRows<P, S> {
 
   void attend_part(int64_t row, const RowRef* refs, int rows, int64_t k_begin, const Part& part) {
     const int64_t depth = dim_padded_ / P::kPair;
+    fetch_bias(p_.score, b_, refs, rows, k_begin + part.first, part.keys);
     for (int64_t c = 0; c < part.columns; c += kPanel<P>) {
       multiply_tile<P, Update::kStore>(
           rows, vectors_in<P>(part.columns - c),
           {depth, q_ + row * dim_padded_, dim_padded_, P::kPair,
-           k_ + (part.first + c) / kPanel<P> * depth * kStep, kStep, scores_ + c, score_ld_, nullptr});
+           k_ + (part.first + c) / kPanel<P> * depth * kStep, kStep, scores_ + c, score_ld_, 0});
     }
 
     const ScoreTile<V> tile{scores_, score_ld_, k_begin + part.first, part.keys, part.columns, b_,
@@ -131,13 +132,15 @@ class Forward : private ForwardRows<P, S> {
     finish_scores<V>(p_, sequence_, partial, part.mask, tile, scratch_);
     Real alpha[kRows];
     softmax_tile(row, tile, alpha);
+    rescale(row, rows, alpha);
 
     const int64_t block_steps = depth_steps<P>(block_keys_);
     for (int64_t c = 0; c < dim_v_padded_; c += kPanel<P>) {
-      multiply_tile<P, Update::kScaleAdd>(rows, vectors_in<P>(dim_v_padded_ - c),
-                                          {depth_steps<P>(part.keys), weights_, weight_ld(), P::kPair,
-                                           v_ + (c / kPanel<P> * block_steps + part.first / P::kPair) * kStep,
-                                           kStep, acc_ + row * dim_v_padded_ + c, dim_v_padded_, alpha});
+      multiply_tile<P, Update::kAdd>(
+          rows, vectors_in<P>(dim_v_padded_ - c),
+          {depth_steps<P>(part.keys), weights_, weight_ld(), P::kPair,
+           v_ + (c / kPanel<P> * block_steps + part.first / P::kPair) * kStep, kStep,
+           acc_ + row * dim_v_padded_ + c, dim_v_padded_, part.first / P::kPair});
     }
     if (special_count_) add_special_values(part, row, refs, rows, k_begin);
   }
@@ -168,6 +171,18 @@ class Forward : private ForwardRows<P, S> {
         alpha[i] = this->softmax(row + i, tile.rows[i], tile.k_begin, tile.columns, tile.s + i * tile.ld,
                                  weights_ + i * weight_ld());
       }
+    }
+  }
+
+  // By itself, for a factor in the products' sums would tie their rounding to where they begin. A maximum
+  // seldom moves.
+  void rescale(int64_t row, int rows, const Real* alpha) {
+    for (int r = 0; r < rows; ++r) {
+      if (alpha[r] == 1) continue;
+      Real* const acc = acc_ + (row + r) * dim_v_padded_;
+      const typename V::Reg factor = V::set1(alpha[r]);
+      for (int64_t c = 0; c < dim_v_padded_; c += V::kWidth)
+        V::store(acc + c, V::mul(factor, V::load(acc + c)));
     }
   }
 

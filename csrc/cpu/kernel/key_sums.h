@@ -47,10 +47,10 @@ class KeySums {
            int64_t n, Real* sums) const {
     const int64_t begin = first / P::kPair, end = (last + P::kPair - 1) / P::kPair, steps = depth_steps<P>(n);
     for (int64_t c = 0; c < padded_; c += kPanel<P>) {
-      multiply_tile<P, Update::kAdd>(keys, vectors_in<P>(padded_ - c),
-                                     {end - begin, weights + (begin * block_kv_ + key) * P::kPair, P::kPair,
-                                      block_kv_ * P::kPair, rows + (c / kPanel<P> * steps + begin) * kStep,
-                                      kStep, sums + key * padded_ + c, padded_, nullptr});
+      multiply_tile<P, Update::kAdd>(
+          keys, vectors_in<P>(padded_ - c),
+          {end - begin, weights + (begin * block_kv_ + key) * P::kPair, P::kPair, block_kv_ * P::kPair,
+           rows + (c / kPanel<P> * steps + begin) * kStep, kStep, sums + key * padded_ + c, padded_, begin});
     }
   }
   void add_special(int64_t key, Real weight, const SourceRows<S>& row, Real* sums) const {
@@ -135,7 +135,7 @@ class KeySums<P, S, true> {
       multiply_tile<P, Update::kAdd>(
           count, (keys + W - 1) / W,
           {steps, rows + c * ld + begin, ld, P::kPair, weights + begin * block_kv_ + key * P::kPair,
-           block_kv_ * P::kPair, sums + c * block_kv_ + key, block_kv_, nullptr});
+           block_kv_ * P::kPair, sums + c * block_kv_ + key, block_kv_, 0});
     }
   }
   void add_special(int64_t key, Real weight, const SourceRows<S>& row, Real* sums) const {

@@ -37,7 +37,11 @@ inline TileClass classify_mask(const BoolMask& mask, int64_t b, const RowRef* ro
         any_hidden |= bytes != 0x0101010101010101ull;
       }
     }
-    for (; j < n; ++j) (p[j * mask.stride[3]] ? any_visible : any_hidden) = true;
+    for (; j < n; ++j) {
+      const bool visible = p[j * mask.stride[3]] != 0;
+      any_visible |= visible;
+      any_hidden |= !visible;
+    }
   }
   return !any_visible ? TileClass::kSkip : any_hidden ? TileClass::kPartial : TileClass::kFull;
 }
@@ -116,17 +120,17 @@ void apply_mask_row(const BoolMask& mask, const uint8_t* row, int64_t k_begin, i
     }
     return;
   }
-  const uint8_t* const m = row + k_begin * mask.stride[3];
-  if (mask.stride[3] != 1) {
-    for (int64_t j = 0; j < keys; ++j) {
-      if (!m[j * mask.stride[3]]) s[j] = kHidden;
-    }
-    return;
-  }
+  const int64_t stride = mask.stride[3];
   const auto hidden = V::set1(kHidden);
+  uint8_t gathered[V::kWidth];
   for (int64_t j = 0; j < keys; j += V::kWidth) {
     const int lanes = int(keys - j < V::kWidth ? keys - j : V::kWidth);
-    V::store(s + j, V::select(V::bytes_set(m + j, lanes), V::load(s + j), hidden));
+    const uint8_t* visible = row + (k_begin + j) * stride;
+    if (stride != 1) {
+      for (int i = 0; i < lanes; ++i) gathered[i] = visible[i * stride];
+      visible = gathered;
+    }
+    V::store(s + j, V::select(V::bytes_set(visible, lanes), V::load(s + j), hidden));
   }
 }
 

@@ -127,20 +127,17 @@ class ScoreGrad {
     }
   }
 
-  // The rows to come are those of `group` query heads from head_begin on, packed.
+  // The rows to come are those of `group` query heads from head_begin, a multiple of it, on, packed.
   void set_heads(int64_t b, int64_t head_kv, int64_t head_begin, int64_t group) {
     b_ = b;
     head_kv_ = head_kv;
-    head_begin_ = head_begin;
+    first_ = head_begin / group;
     group_ = group;
     sequence_ = p_.sequence(b);
   }
   // Packed rows of this sequence and these heads.
   int64_t row_count() const { return sequence_.seq_q * group_; }
-  RowRef ref(int64_t row) const {
-    const int64_t query = row / group_;
-    return {head_begin_ + row - query * group_, query};
-  }
+  RowRef ref(int64_t row) const { return row_ref(row, first_, group_); }
   // Where lse, dlse and the like hold a packed row.
   template <class Void>
   int64_t flat_index(const RowValues<Void>& values, int64_t row) const {
@@ -220,6 +217,7 @@ class ScoreGrad {
     const int64_t keys = mask.end - k_begin_ - first;
     const int64_t columns = round_up(keys, kColumns<P>);
     *range = {first, keys, columns, mask.narrowed};
+    fetch_bias(p_.score, b_, refs, rows, k_begin_ + first, keys);
     // By the very product of the forward pass: P adds up to 1 although both are rounded.
     if (plan_.direct) multiply_as_they_lie(queries_.from(row), p_.k, p_.dim, rows, *range, s, ld);
     else multiply_columns(queries_.from(row), dim_operand_, k_columns_, rows, *range, s, ld);
@@ -267,7 +265,8 @@ class ScoreGrad {
   Arena arena_;
   int64_t dim_operand_, dim_v_operand_;
 
-  int64_t b_ = 0, head_kv_ = 0, head_begin_ = 0, group_ = 1;
+  int64_t b_ = 0, head_kv_ = 0;
+  int64_t first_ = 0, group_ = 1;  // the rows' query heads: [first group, (first + 1) group)
   Sequence sequence_;
   int64_t k_begin_ = 0, k_end_ = 0;  // loaded keys
   int64_t row_begin_ = 0;            // first loaded packed row
@@ -326,7 +325,7 @@ class ScoreGrad {
     pack_douts(row, rows);
     multiply_tile<P, Update::kStore>(rows, (rows + V::kWidth - 1) / V::kWidth,
                                      {dim_v_operand_ / P::kPair, tile_rows_, dim_v_operand_, P::kPair,
-                                      tile_columns_, kStep, products, kDeltaColumns, nullptr});
+                                      tile_columns_, kStep, products, kDeltaColumns, 0});
   }
   void multiply_outputs_as_they_lie(int64_t row, int rows, Real* products) {
     for (int i = 0; i < rows; ++i) {
@@ -364,7 +363,7 @@ class ScoreGrad {
       multiply_tile<P, Update::kStore>(
           rows, vectors_in<P>(range.columns - j),
           {steps, a.data, a.ld, P::kPair, b + (range.first + j) / kPanel<P> * steps * kStep, kStep,
-           c + range.first + j, ld, nullptr});
+           c + range.first + j, ld, 0});
     }
   }
 };

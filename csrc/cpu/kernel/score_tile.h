@@ -20,10 +20,9 @@ struct ScoreScale {
         exponent_scale(Real(double(natural) * 1.4426950408889634)) {}
 };
 
-// A bias of any dtype in the arithmetic type. A finite value stays finite: only -inf hides.
+// A bias in the arithmetic type. A finite value stays finite: only -inf hides.
 template <class Real>
-inline Real bias_value(const void* data, DType dtype, int64_t index) {
-  const double x = load_as_double(data, dtype, index);
+inline Real bias_value(double x) {
   if (sizeof(Real) == 4 && __builtin_isfinite(x)) {
     constexpr double kLargest = 3.4028234663852886e+38;
     return Real(x < -kLargest ? -kLargest : x > kLargest ? kLargest : x);
@@ -31,11 +30,26 @@ inline Real bias_value(const void* data, DType dtype, int64_t index) {
   return Real(x);
 }
 
-template <class V, class Half>
-FAE_INLINE void widen_row(const Half* from, int64_t n, typename V::Elem* to) {
-  int64_t j = 0;
-  for (; j + V::kWidth <= n; j += V::kWidth) V::store(to + j, V::load(from + j));
-  if (j < n) V::store_n(to + j, V::load_n(from + j, int(n - j)), int(n - j));
+// n elements `stride` apart in the arithmetic type.
+template <class V, class T>
+void widen_row(const T* from, int64_t stride, int64_t n, typename V::Elem* to) {
+  using Real = typename V::Elem;
+  constexpr int W = V::kWidth;
+  if constexpr (sizeof(Real) == 4 && sizeof(T) <= 4) {
+    T lanes[W];
+    for (int64_t j = 0; j < n; j += W) {
+      const int count = int(n - j < W ? n - j : W);
+      const T* at = from + j * stride;
+      if (stride != 1) {
+        for (int i = 0; i < count; ++i) lanes[i] = at[i * stride];
+        at = lanes;
+      }
+      if (count == W) V::store(to + j, V::load(at));
+      else V::store_n(to + j, V::load_n(at, count), count);
+    }
+  } else {
+    for (int64_t j = 0; j < n; ++j) to[j] = bias_value<Real>(double(to_float(from[j * stride])));
+  }
 }
 
 // n bias values of one row, widened; points into the bias itself where that needs no
@@ -46,23 +60,37 @@ const typename V::Elem* bias_row(const View4& bias, DType dtype, int64_t offset,
   using Real = typename V::Elem;
   const int64_t stride = bias.stride[3];
   if (stride == 1 && dtype == DTypeOf<Real>::value) return static_cast<const Real*>(bias.data) + offset;
-  if constexpr (sizeof(Real) == 4) {
-    if (stride == 1 && dtype == DType::kBFloat16) {
-      widen_row<V>(static_cast<const BFloat16*>(bias.data) + offset, n, scratch);
-      return scratch;
-    }
-    if (stride == 1 && dtype == DType::kFloat16) {
-      widen_row<V>(static_cast<const Float16*>(bias.data) + offset, n, scratch);
-      return scratch;
-    }
-  }
   if (stride == 0) {
-    const Real x = bias_value<Real>(bias.data, dtype, offset);
+    const Real x = bias_value<Real>(load_as_double(bias.data, dtype, offset));
     for (int64_t j = 0; j < n; ++j) scratch[j] = x;
-  } else {
-    for (int64_t j = 0; j < n; ++j) scratch[j] = bias_value<Real>(bias.data, dtype, offset + j * stride);
+    return scratch;
+  }
+  const auto widen = [&](const auto* data) { widen_row<V>(data + offset, stride, n, scratch); };
+  switch (dtype) {
+    case DType::kFloat16: widen(static_cast<const Float16*>(bias.data)); break;
+    case DType::kBFloat16: widen(static_cast<const BFloat16*>(bias.data)); break;
+    case DType::kFloat32: widen(static_cast<const float*>(bias.data)); break;
+    case DType::kFloat64: widen(static_cast<const double*>(bias.data)); break;
+    default: break;
   }
   return scratch;
+}
+
+// Fetches early what bias_row is to read for rows of keys [k_begin, k_begin + keys): every row of a full bias
+// begins somewhere else, which processors don't foresee.
+inline void fetch_bias(const ScoreMod& mod, int64_t b, const RowRef* rows, int row_count, int64_t k_begin,
+                       int64_t keys) {
+  if (!mod.bias.present()) return;
+  const int64_t size = size_of(mod.bias_dtype), step = mod.bias.stride[3] * size;
+  const int64_t each = step < 64 ? 64 : step, row_bytes = step == 0 ? 1 : keys * step;
+  int64_t previous = -1;
+  for (int r = 0; r < row_count; ++r) {
+    const int64_t offset = mod.bias.offset(b, rows[r].head, rows[r].query) + k_begin * mod.bias.stride[3];
+    if (offset == previous) continue;
+    previous = offset;
+    const char* const row = static_cast<const char*>(mod.bias.data) + offset * size;
+    for (int64_t byte = 0; byte < row_bytes; byte += each) __builtin_prefetch(row + byte, 0, 2);
+  }
 }
 
 // A register tile of scores: value (r, j) at s[r * ld + j] belongs to key k_begin + j.

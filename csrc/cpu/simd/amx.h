@@ -23,7 +23,6 @@ struct AmxProduct : Bf16DotProduct {
   // args.depth: whole tiles. Exactly `rows` rows of A are read and of C written.
   template <Update kUpdate>
   static FAE_INLINE void multiply(int rows, int vecs, const TileArgs<AmxProduct>& args) {
-    if constexpr (kUpdate == Update::kScaleAdd) scale_rows(rows, vecs, args);
     if (rows < kTileRows) configure(rows);
     // GCC's intrinsics do not tell it which memory a tile is loaded from.
     __atomic_signal_fence(__ATOMIC_SEQ_CST);
@@ -58,22 +57,6 @@ struct AmxProduct : Bf16DotProduct {
   static FAE_INLINE void configure(int rows) {
     static constexpr Configs configs{};
     _tile_loadconfig(&configs.of[rows]);
-  }
-
-  // Rows whose factor is 1 stay as they are, which is most of them once a row has seen its largest score.
-  static FAE_INLINE void scale_rows(int rows, int vecs, const TileArgs<AmxProduct>& args) {
-    for (int first = 0; first < rows; first += F32::kWidth) {
-      const int n = rows - first < F32::kWidth ? rows - first : F32::kWidth;
-      const Reg factors = F32::load_n(args.alpha + first, n);
-      unsigned left = unsigned(F32::first(n)) & ~unsigned(F32::equal(factors, F32::set1(1)));
-      for (; left; left &= left - 1) {
-        const int r = first + __builtin_ctz(left);
-        float* const c = args.c + r * args.ldc;
-        const Reg alpha = F32::set1(args.alpha[r]);
-        for (int j = 0; j < vecs * F32::kWidth; j += F32::kWidth)
-          F32::store(c + j, F32::mul(alpha, F32::load(c + j)));
-      }
-    }
   }
 
   template <Update kUpdate, bool kTwoRows>

@@ -13,10 +13,11 @@
 //   add sub mul div fma(a, b, c) = a * b + c
 //   max(a, b)               b where either is NaN
 //   less(a, b) equal(a, b) select(mask, a, b)  a where the mask is set
-//   any(mask), bytes_set(p, n)  lanes whose byte p[lane] is not 0
+//   bytes_set(p, n)         lanes whose byte p[lane] is not 0
 //   exp2(x)                 2^x for x <= 127; 0 for -inf, NaN for NaN, 1 for 0
 //   reduce_max(r) reduce_add(r)
 //   reduce_each(r)          lane i: the sum of the lanes of r[i], for kWidth registers
+//   max_each(r)             the same of their maxima, where products have tile registers
 //   transpose(r)            kWidth x kWidth block held in r[kWidth], in place
 //   Words                   vectors of unsigned 64-bit lanes, for random numbers, with these members:
 //

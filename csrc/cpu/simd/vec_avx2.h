@@ -101,7 +101,6 @@ struct F32 {
   static FAE_INLINE Mask less(Reg a, Reg b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
   static FAE_INLINE Mask equal(Reg a, Reg b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
   static FAE_INLINE Reg select(Mask m, Reg a, Reg b) { return _mm256_blendv_ps(b, a, m); }
-  static FAE_INLINE bool any(Mask m) { return _mm256_movemask_ps(m) != 0; }
   static FAE_INLINE Mask bytes_set(const uint8_t* p, int n) {
     uint64_t bytes = 0;
     if (n == kWidth) memcpy(&bytes, p, 8);
@@ -199,7 +198,6 @@ struct F64 {
   static FAE_INLINE Mask less(Reg a, Reg b) { return _mm256_cmp_pd(a, b, _CMP_LT_OQ); }
   static FAE_INLINE Mask equal(Reg a, Reg b) { return _mm256_cmp_pd(a, b, _CMP_EQ_OQ); }
   static FAE_INLINE Reg select(Mask m, Reg a, Reg b) { return _mm256_blendv_pd(b, a, m); }
-  static FAE_INLINE bool any(Mask m) { return _mm256_movemask_pd(m) != 0; }
   static FAE_INLINE Mask bytes_set(const uint8_t* p, int n) {
     uint32_t bytes = 0;
     for (int i = 0; i < n; ++i) bytes |= uint32_t(p[i]) << (8 * i);

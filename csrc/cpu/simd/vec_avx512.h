@@ -85,7 +85,6 @@ struct F32 {
   static FAE_INLINE Mask less(Reg a, Reg b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
   static FAE_INLINE Mask equal(Reg a, Reg b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
   static FAE_INLINE Reg select(Mask m, Reg a, Reg b) { return _mm512_mask_blend_ps(m, b, a); }
-  static FAE_INLINE bool any(Mask m) { return m != 0; }
   static FAE_INLINE Mask bytes_set(const uint8_t* p, int n) {
     return Mask(_mm_test_epi8_mask(_mm_maskz_loadu_epi8(first(n), p), _mm_set1_epi8(-1)));
   }
@@ -181,7 +180,6 @@ struct F64 {
   static FAE_INLINE Mask less(Reg a, Reg b) { return _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ); }
   static FAE_INLINE Mask equal(Reg a, Reg b) { return _mm512_cmp_pd_mask(a, b, _CMP_EQ_OQ); }
   static FAE_INLINE Reg select(Mask m, Reg a, Reg b) { return _mm512_mask_blend_pd(m, b, a); }
-  static FAE_INLINE bool any(Mask m) { return m != 0; }
   static FAE_INLINE Mask bytes_set(const uint8_t* p, int n) {
     return Mask(_mm_test_epi8_mask(_mm_maskz_loadu_epi8(first(n), p), _mm_set1_epi8(-1)));
   }

@@ -75,7 +75,6 @@ struct F32 {
   static FAE_INLINE Mask less(Reg a, Reg b) { return vcltq_f32(a, b); }
   static FAE_INLINE Mask equal(Reg a, Reg b) { return vceqq_f32(a, b); }
   static FAE_INLINE Reg select(Mask m, Reg a, Reg b) { return vbslq_f32(m, a, b); }
-  static FAE_INLINE bool any(Mask m) { return vmaxvq_u32(m) != 0; }
   static FAE_INLINE Mask bytes_set(const uint8_t* p, int n) {
     uint32_t bytes = 0;
     if (n == kWidth) memcpy(&bytes, p, 4);
@@ -158,7 +157,6 @@ struct F64 {
   static FAE_INLINE Mask less(Reg a, Reg b) { return vcltq_f64(a, b); }
   static FAE_INLINE Mask equal(Reg a, Reg b) { return vceqq_f64(a, b); }
   static FAE_INLINE Reg select(Mask m, Reg a, Reg b) { return vbslq_f64(m, a, b); }
-  static FAE_INLINE bool any(Mask m) { return vmaxvq_u32(vreinterpretq_u32_u64(m)) != 0; }
   static FAE_INLINE Mask bytes_set(const uint8_t* p, int n) {
     const uint64_t first = n > 0 && p[0] ? ~uint64_t(0) : 0, second = n > 1 && p[1] ? ~uint64_t(0) : 0;
     return vcombine_u64(vcreate_u64(first), vcreate_u64(second));

@@ -77,11 +77,6 @@ struct ArrayVec {
   static FAE_INLINE Reg select(Mask m, Reg a, Reg b) { FAE_LANES(Reg, r, m.lane[i] ? a.lane[i] : b.lane[i]); }
   static FAE_INLINE Mask bytes_set(const uint8_t* p, int n) { FAE_LANES(Mask, m, i < n && p[i] != 0); }
 #undef FAE_LANES
-  static FAE_INLINE bool any(Mask m) {
-    bool found = false;
-    for (int i = 0; i < kLanes; ++i) found |= m.lane[i];
-    return found;
-  }
 
   static FAE_INLINE Reg exp2(Reg x) {
     // Adding 1.5 * 2^mantissa rounds to an integer in the low bits. Below the smallest

@@ -35,7 +35,6 @@ struct VecFunctions {
   static void equal(In a, In b, In x, In y, Real* r) {
     V::store(r, V::select(V::equal(V::load(a), V::load(b)), V::load(x), V::load(y)));
   }
-  static bool any_less(In a, In b) { return V::any(V::less(V::load(a), V::load(b))); }
   static void bytes_set(const uint8_t* p, int n, In x, In y, Real* r) {
     V::store(r, V::select(V::bytes_set(p, n), V::load(x), V::load(y)));
   }
@@ -73,7 +72,6 @@ struct VecFunctions {
     t.fma = &fma;
     t.less = &less;
     t.equal = &equal;
-    t.any_less = &any_less;
     t.bytes_set = &bytes_set;
     t.exp2 = &exp2;
     t.tanh = &tanh_of;
@@ -144,11 +142,10 @@ struct ProductFunctions {
   static void multiply(probe::Update update, int row_count, int vecs,
                        const probe::TileProduct<Real, Operand>& t) {
     const typename P::Session session;
-    const TileArgs<P> args{t.depth, t.a, t.a_row, t.a_depth, t.b, t.ldb, t.c, t.ldc, t.alpha};
+    const TileArgs<P> args{t.depth, t.a, t.a_row, t.a_depth, t.b, t.ldb, t.c, t.ldc, t.first};
     switch (update) {
       case probe::Update::kStore: multiply_tile<P, Update::kStore>(row_count, vecs, args); break;
       case probe::Update::kAdd: multiply_tile<P, Update::kAdd>(row_count, vecs, args); break;
-      case probe::Update::kScaleAdd: multiply_tile<P, Update::kScaleAdd>(row_count, vecs, args); break;
     }
   }
   static Real softmax(const Real* s, int64_t columns, Real exponent_scale, Real* max, Real* sum, Operand* p) {
