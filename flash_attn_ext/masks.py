@@ -44,6 +44,19 @@ def _check(owner: object, name: str, dtypes: tuple[torch.dtype, ...], ranks: tup
         raise ValueError(f"{who} must have rank {allowed}, got shape {tuple(value.shape)}")
 
 
+def _check_ids(owner: object, name: str) -> None:
+    """Raises where an id, or the one after it, is no int32; on the CPU, where a look costs no wait."""
+    ids = getattr(owner, name)
+    readable = type(ids) is Tensor and ids.device.type == "cpu" and ids.numel() > 0
+    if not readable or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < INT32.min or high >= INT32.max:
+        raise ValueError(
+            f"{type(owner).__name__}: {name} must lie in [-2**31, 2**31 - 2], got ids from {low} to {high}"
+        )
+
+
 def _shown(value: object) -> str:
     if not isinstance(value, Tensor):
         return repr(value)
@@ -200,7 +213,8 @@ class DocumentMask(Mask):
     """Queries see the keys of their own document.
 
     Args:
-        query_ids: integers that fit int32, (seq_q,) or (batch, seq_q); in any order, each document anywhere.
+        query_ids: integers from -2**31 to 2**31 - 2, (seq_q,) or (batch, seq_q); in any order, each document
+            anywhere.
         key_ids: (seq_kv,) or (batch, seq_kv); query_ids when None.
 
     Example:
@@ -212,9 +226,9 @@ class DocumentMask(Mask):
     key_ids: Tensor | None = None
 
     def __post_init__(self) -> None:
-        _check(self, "query_ids", _INTEGERS, (1, 2))
-        if self.key_ids is not None:
-            _check(self, "key_ids", _INTEGERS, (1, 2))
+        for name in ("query_ids",) if self.key_ids is None else ("query_ids", "key_ids"):
+            _check(self, name, _INTEGERS, (1, 2))
+            _check_ids(self, name)
 
     def _ids(self, sizes: Sizes) -> tuple[Tensor, Tensor]:
         """(batch or 1, seq_q) and (batch or 1, seq_kv)."""

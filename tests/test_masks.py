@@ -219,6 +219,13 @@ WRONG_VALUES = [
     (lambda: DocumentMask([0, 1]), TypeError, "query_ids.*list"),
     (lambda: DocumentMask(torch.zeros(3)), TypeError, "query_ids.*float32"),
     (lambda: DocumentMask(ints(3), ints(1, 1, 3)), ValueError, r"key_ids.*\(1, 1, 3\)"),
+    (lambda: DocumentMask(torch.tensor([5, 2**32])), ValueError, r"query_ids.*from 5 to 4294967296"),
+    (lambda: DocumentMask(ints(3), torch.tensor([-(2**31) - 1])), ValueError, "key_ids.*from -2147483649"),
+    (
+        lambda: DocumentMask(torch.tensor([2**31 - 1], dtype=torch.int32)),
+        ValueError,
+        "query_ids.*to 2147483647",
+    ),
     (lambda: TreeMask(torch.tensor([1, 0])), ValueError, "parents.*root.*node 0"),
     (lambda: TreeMask(torch.tensor([-1, 2, 1])), ValueError, "parents.*root.*node 1"),
     (lambda: TreeMask(torch.tensor([0])), ValueError, "parents.*root"),
