@@ -70,11 +70,31 @@ def flash_attention_varlen(
     Source: the interface is that of Dao's flash_attn, https://github.com/Dao-AILab/flash-attention.
     """
     packing = packing_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    mask, bias = (_of_longest(t, packing, q, k) for t in (mask, bias))
     arguments = _extended.Arguments(
         causal, scale, "bshd", mask, bias, window, softcap, alibi_slopes, sinks, kv_lengths, dropout_p,
         return_lse, deterministic, batch_invariant, backend, config, out,
     )  # fmt: skip
     return _extended.attention(q, k, v, arguments, packing)
+
+
+def _of_longest(scores: object, packing: _extended.Packing, q: object, k: object) -> object:
+    """A mask or bias for sequences as long as max_seqlen_q and max_seqlen_k, cut to what the operators take:
+    to the longest sequence where its length can be read, else to all rows that there are."""
+    if not isinstance(scores, Tensor) or torch.compiler.is_compiling():
+        return scores
+    for axis, cu_seqlens, given, rows in (
+        (-2, packing.cu_seqlens_q, packing.max_seqlen_q, q),
+        (-1, packing.cu_seqlens_k, packing.max_seqlen_k, k),
+    ):
+        # Anything else is for the validator to judge.
+        if scores.dim() < -axis or scores.shape[axis] != given or given < 2 or not isinstance(rows, Tensor):
+            continue
+        longest = min(given, len(rows))
+        if isinstance(cu_seqlens, Tensor) and cu_seqlens.device.type == "cpu" and cu_seqlens.dim() == 1:
+            longest = min(longest, max(cu_seqlens.diff().tolist(), default=0))
+        scores = scores.narrow(axis, 0, max(longest, 0))
+    return scores
 
 
 def packing_of(
