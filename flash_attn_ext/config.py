@@ -31,7 +31,7 @@ class AttentionConfig:
         block_q: query rows per tile, 1 or more.
         block_kv: keys per tile, 1 or more.
         num_splits: pieces that the keys of one head are cut into, 1 or more.
-        backend: "auto", "cpu", "portable" or "standard".
+        backend: "auto", "cpu", "cuda", "portable" or "standard".
         softmax_scale: any finite float; `None` is 1 / sqrt(dim).
 
     Tiles and splits are advice: they change speed and the last bits, never the meaning of a
@@ -41,7 +41,7 @@ class AttentionConfig:
     |---|---|---|---|---|
     | block_q | in whole register tiles | as given; 1 when `batch_invariant` | not used | not used |
     | block_kv | in whole register tiles | as given | not used | not used |
-    | num_splits | up to 8 rows and many keys | not used | forward, unless `batch_invariant` | not used |
+    | num_splits | up to 12 rows and many keys | not used | forward, unless `batch_invariant` | not used |
 
     "cpu" counts the rows of all query heads that share a K/V head, and stops at 4096 or a few
     megabytes of workspace per thread. Both take their blocks forward and backward. `explain`
