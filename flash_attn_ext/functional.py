@@ -8,7 +8,7 @@ from torch import Tensor
 from . import _errors, _extended, autograd, dispatch, forward_mode, ops
 from ._merge import merge
 from ._problem import AS_GIVEN, LAYOUTS, OPERATOR_LAYOUTS, lse_dtype, lse_shape
-from ._run import check_types, own_arguments, run
+from ._run import check_constants, check_types, own_arguments, run
 from ._windows import CAUSAL, window_bounds
 from .config import AttentionConfig
 from .masks import Mask
@@ -149,6 +149,7 @@ def flash_attention(
             # A small call is over by now. What is default is left out, for every argument takes its time.
             if own or not (mask is bias is kv_lengths is window is scale is None and softcap == 0.0):
                 few = None
+                check_constants(scale=scale, softcap=softcap)
             else:
                 few = () if numbers[0] == numbers[1] == 0 else (None, None, None, numbers[0], numbers[1])
             if needs_grad:
@@ -156,6 +157,7 @@ def flash_attention(
             if few is None:
                 return _call_kernel(q, k, v, mask, bias, kv_lengths, *numbers, False, *own)[0]
             return _call_kernel(q, k, v, *few)[0]
+        check_constants(scale=scale, softcap=softcap)
         call = (q, k, v, mask, bias, kv_lengths, *numbers)
         return run(name, ops.BY_BACKEND[name], call, return_lse, needs_grad, own, out)
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
@@ -175,7 +177,12 @@ def kernels_alone(q: Tensor, k: Tensor, v: Tensor, causal: str | bool, scale: fl
         or forward_mode.is_active()
     ):
         return None
-    few = () if scale is None else (-1, -1, scale)
+    if scale is None:
+        few = ()
+    elif isinstance(scale, Tensor):
+        return None
+    else:
+        few = (-1, -1, scale)
     try:
         return _call_kernel(q, k, v, None, None, None, _AS_GIVEN, CAUSAL[causal], *few)[0]
     except (RuntimeError, TypeError):
