@@ -251,8 +251,7 @@ def _serve(strict: bool, query: Tensor, key: Tensor, value: Tensor, *args, **kwa
     """Ours, or torch's with the reason logged."""
     if strict:
         return scaled_dot_product_attention(query, key, value, *args, **kwargs)
-    tensors = (query, key, value, *args, *kwargs.values())
-    reason = _why_torch(query, *(t for t in tensors if isinstance(t, Tensor)))
+    reason = _why_torch(query, key, value, *args, **kwargs)
     if reason is None:
         try:
             return scaled_dot_product_attention(query, key, value, *args, **kwargs)
@@ -262,9 +261,13 @@ def _serve(strict: bool, query: Tensor, key: Tensor, value: Tensor, *args, **kwa
     return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
 
 
-def _why_torch(query: Tensor, *tensors: Tensor) -> str | None:
+def _why_torch(
+    query: object, key: object, value: object, attn_mask: object = None, *args, **kwargs
+) -> str | None:
     """Why torch would do better than this package, if it would."""
-    for t in tensors:
+    for t in (query, key, value, *(() if attn_mask is None else (attn_mask,))):
+        if not isinstance(t, Tensor):  # such as a Proxy, of which nothing can be asked
+            return f"a {type(t).__name__} is no Tensor"
         if t.layout == torch.jagged or _errors.causal_variant(t):
             continue
         if type(t) not in (Tensor, torch.nn.Parameter, FakeTensor):
