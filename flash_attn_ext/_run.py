@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _cuda, _errors, autograd, dispatch, forward_mode, ops, portable, reference
+from ._compiling import is_recorded
 from ._problem import AS_GIVEN, LAYOUTS, lse_dtype
 from ._windows import CAUSAL
 from .config import AttentionConfig
@@ -46,6 +47,8 @@ def _compute(
         return reference.attention(*call[:3], options, need_lse)
     if torch.compiler.is_compiling():
         return operators.attention(*call, need_lse, *own)
+    if is_recorded():  # with the LSE for gradients, which whoever runs it again may want
+        return operators.attention(*call, True, *own)
     if not differentiable:
         return operators.forward(*call, need_lse, *own)
     return autograd.attention(operators, *call, need_lse, *own)

@@ -18,6 +18,9 @@ _AS_GIVEN = OPERATOR_LAYOUTS[AS_GIVEN]
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+# Tracers among others, for which `_run.run` has the operator that is differentiable wherever it runs again.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_jit_trace = torch._C._get_tracing_state
 _call_kernel = ops.KERNELS.call
 _apply = autograd.apply_eager
 
@@ -143,7 +146,8 @@ def flash_attention(
         if (
             name == "cpu"
             and out is None
-            and not (return_lse or compiling or forward_mode.is_active())
+            and not (return_lse or compiling or _dispatch_modes() or forward_mode.is_active())
+            and _jit_trace() is None
             and not (needs_grad and torch._C._are_functorch_transforms_active())
         ):
             # A small call is over by now. What is default is left out, for every argument takes its time.
@@ -175,6 +179,8 @@ def kernels_alone(q: Tensor, k: Tensor, v: Tensor, causal: str | bool, scale: fl
         or (_is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
         or _is_any_autocast_enabled()
         or forward_mode.is_active()
+        or _dispatch_modes()
+        or _jit_trace() is not None
     ):
         return None
     if scale is None:
