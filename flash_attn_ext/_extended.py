@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from ._lowering import Lowering, Sizes
 from ._options import Options
 from ._philox import draw_state
 from ._problem import OPERATOR_LAYOUTS, heads_first
-from ._run import check_types, own_arguments, run
+from ._run import check_constants, check_types, own_arguments, run
 from ._windows import CAUSAL, window_bounds
 from .config import AttentionConfig
 from .masks import Mask
@@ -71,7 +72,8 @@ def attention(
         _errors.check_tensor(name, cu_seqlens)
     if a.deterministic is not None and not isinstance(a.deterministic, bool):
         raise TypeError(f"deterministic must be a bool or None, got {a.deterministic!r}")
-    check_dropout(a.dropout_p)
+    check_constants(scale=a.scale, softcap=a.softcap)
+    a = a._replace(dropout_p=check_dropout(a.dropout_p))
     if torch._C._is_any_autocast_enabled():
         q, k, v = autograd.autocast(q, k, v)
     config = a.config or AttentionConfig()
@@ -92,11 +94,21 @@ def _attend_packed(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, packin
     return attention(q, k, v, arguments, Packing(*packing))
 
 
-def check_dropout(dropout_p: object) -> None:
-    if not isinstance(dropout_p, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
+def check_dropout(dropout_p: object) -> float:
+    """The probability as the operators take it."""
+    dropout_p = as_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
+    return dropout_p
+
+
+def as_number(name: str, value: object) -> float | torch.SymInt | torch.SymFloat:
+    """A real number of any kind, NumPy's among them, as one of Python or of a trace."""
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
 
 
 def options_of(

@@ -108,7 +108,7 @@ def tree_numbers(parents: Tensor) -> Tensor:
     Raises:
         ValueError: `parents` is no forest.
     """
-    return torch.tensor([_preorder(tree) for tree in torch.atleast_2d(parents).tolist()])
+    return torch.tensor([_preorder(tree) for tree in torch.atleast_2d(parents).tolist()], device="cpu")
 
 
 def _preorder(parents: list[int]) -> list[list[int]]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _cuda, _errors, autograd, dispatch, forward_mode, ops, portable, reference
+from ._compiling import is_recorded
 from ._problem import AS_GIVEN, LAYOUTS, lse_dtype
 from ._windows import CAUSAL
 from .config import AttentionConfig
@@ -46,6 +47,8 @@ def _compute(
         return reference.attention(*call[:3], options, need_lse)
     if torch.compiler.is_compiling():
         return operators.attention(*call, need_lse, *own)
+    if is_recorded():  # with the LSE for gradients, which whoever runs it again may want
+        return operators.attention(*call, True, *own)
     if not differentiable:
         return operators.forward(*call, need_lse, *own)
     return autograd.attention(operators, *call, need_lse, *own)
@@ -121,12 +124,24 @@ def check_types(
         _errors.choice("layout", layout, LAYOUTS)
     _errors.choice("causal", causal, CAUSAL)
     for name, value in {"scale": 0.0 if scale is None else scale, "softcap": softcap}.items():
-        if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not hasattr(
-            value, "__float__"
-        ):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        _check_number(name, value)
     if config is not None and not isinstance(config, AttentionConfig):
         raise TypeError(f"config must be an AttentionConfig or None, got {type(config).__name__}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if isinstance(value, int) and value.bit_length() > 1024:  # no float is as large
+        raise ValueError(f"{name} must be finite, got an int of {value.bit_length()} bits")
+
+
+def check_constants(**numbers: object) -> None:
+    """Raises for a number with a gradient, which would be lost."""
+    for name, value in numbers.items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            instead = "detach it" if name == "softcap" else "multiply q by it instead"
+            raise TypeError(f"{name} is a constant, got a Tensor that requires grad: {instead}")
 
 
 _TENSORS = ("mask", "bias", "kv_lengths", "out", "alibi_slopes", "sinks")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -68,23 +69,29 @@ class KVCache:
         """Forgets what lies past `lengths`, one or one per sequence.
 
         Raises:
-            ValueError: a length is below 0 or above what there is.
+            ValueError: a length is below 0 or above what there is, or there are not as many as sequences.
+            TypeError: what is no integer.
         """
-        wanted = torch.as_tensor(lengths, dtype=torch.int32, device=self.lengths.device)
+        wanted = _integers("lengths", lengths, self.lengths.device)
+        if wanted.dim() and wanted.shape != self.lengths.shape:
+            raise ValueError(
+                f"lengths has shape {tuple(wanted.shape)}, but must be () or {tuple(self.lengths.shape)}"
+            )
         wanted = wanted.expand(self.lengths.shape)
         if ((wanted < 0) | (wanted > self.lengths)).any():
             raise ValueError(
                 f"lengths are {wanted.tolist()}, but must be between 0 and {self.lengths.tolist()}"
             )
-        self.lengths = wanted.clone()
+        self.lengths.copy_(wanted)
 
     def reorder(self, sources: Sequence[int] | Tensor) -> None:
         """Sequence i becomes a copy of what sequence sources[i] was, as beam search wants it.
 
         Raises:
-            IndexError: there is no such sequence.
+            IndexError: there is no such sequence. ValueError: not one source for each. TypeError: what is no
+            integer.
         """
-        sources = torch.as_tensor(sources, dtype=torch.int64, device=self.k.device)
+        sources = _integers("sources", sources, self.k.device)
         if sources.shape != self.lengths.shape:
             raise ValueError(
                 f"sources has shape {tuple(sources.shape)}, but must be {tuple(self.lengths.shape)}"
@@ -97,7 +104,7 @@ class KVCache:
         filled = int(lengths.max()) if len(lengths) else 0
         for t in (self.k, self.v):
             t[:, :filled] = t[sources, :filled]
-        self.lengths = lengths
+        self.lengths.copy_(lengths)
 
     def fork(self) -> KVCache:
         """A copy that goes its own way."""
@@ -187,9 +194,10 @@ class PagedKVCache:
         """Forgets what lies past `length`.
 
         Raises:
-            ValueError: it is below 0 or above what there is.
+            ValueError: it is below 0 or above what there is. TypeError: it is no integer.
         """
         known = self.length(sequence)
+        length = _integer("length", length)  # a tensor's value, which it may change later
         if not 0 <= length <= known:
             raise ValueError(f"length is {length}, but must be between 0 and {known}")
         kept = -(-length // self.k.shape[1])
@@ -219,7 +227,9 @@ class PagedKVCache:
         tables = [self._tables[self._known(s)] for s in sequences]
         most = max(map(len, tables), default=0)
         rows = [table + [-1] * (most - len(table)) for table in tables]
-        return torch.tensor(rows, dtype=torch.int32).reshape(len(tables), most).to(self.k.device)
+        return (
+            torch.tensor(rows, dtype=torch.int32, device="cpu").reshape(len(tables), most).to(self.k.device)
+        )
 
     def attend(
         self,
@@ -247,7 +257,7 @@ class PagedKVCache:
         try:
             result = flash_attention_with_kvcache(
                 q, self.k, self.v, k, v,
-                cache_lengths=torch.tensor(lengths, dtype=torch.int32).to(self.k.device),
+                cache_lengths=torch.tensor(lengths, dtype=torch.int32, device="cpu").to(self.k.device),
                 block_table=self.block_table(sequences), **options,
             )  # fmt: skip
         except BaseException:
@@ -323,6 +333,33 @@ class _Reservation:
         self.tables = tables  # as they were
         self.taken = taken  # pages from the pool
         self.replaced = replaced  # shared pages of which a copy took the place
+
+
+def _integer(name: str, value: object) -> int:
+    """One that NumPy or torch may have made."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        given = f"a Tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be an int, got {given}") from None
+
+
+def _integers(name: str, values: object, device: torch.device) -> Tensor:
+    """One or several as int64, of the shape that they have."""
+    if isinstance(values, Tensor):
+        if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+            raise TypeError(f"{name} must hold ints, got a Tensor of {values.dtype}")
+        return values.to(device, torch.int64)
+    if isinstance(values, Iterable) and not isinstance(values, str):
+        values = [_integer(f"{name}[{n}]", value) for n, value in enumerate(values)]
+    else:
+        values = _integer(name, values)
+    try:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+    except (OverflowError, RuntimeError, ValueError):
+        raise ValueError(f"{name} must fit int64, got {values}") from None
 
 
 def _storage(

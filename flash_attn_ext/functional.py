@@ -8,7 +8,7 @@ from torch import Tensor
 from . import _errors, _extended, autograd, dispatch, forward_mode, ops
 from ._merge import merge
 from ._problem import AS_GIVEN, LAYOUTS, OPERATOR_LAYOUTS, lse_dtype, lse_shape
-from ._run import check_types, own_arguments, run
+from ._run import check_constants, check_types, own_arguments, run
 from ._windows import CAUSAL, window_bounds
 from .config import AttentionConfig
 from .masks import Mask
@@ -18,6 +18,9 @@ _AS_GIVEN = OPERATOR_LAYOUTS[AS_GIVEN]
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+# Tracers among others, for which `_run.run` has the operator that is differentiable wherever it runs again.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_jit_trace = torch._C._get_tracing_state
 _call_kernel = ops.KERNELS.call
 _apply = autograd.apply_eager
 
@@ -143,12 +146,14 @@ def flash_attention(
         if (
             name == "cpu"
             and out is None
-            and not (return_lse or compiling or forward_mode.is_active())
+            and not (return_lse or compiling or _dispatch_modes() or forward_mode.is_active())
+            and _jit_trace() is None
             and not (needs_grad and torch._C._are_functorch_transforms_active())
         ):
             # A small call is over by now. What is default is left out, for every argument takes its time.
             if own or not (mask is bias is kv_lengths is window is scale is None and softcap == 0.0):
                 few = None
+                check_constants(scale=scale, softcap=softcap)
             else:
                 few = () if numbers[0] == numbers[1] == 0 else (None, None, None, numbers[0], numbers[1])
             if needs_grad:
@@ -156,6 +161,7 @@ def flash_attention(
             if few is None:
                 return _call_kernel(q, k, v, mask, bias, kv_lengths, *numbers, False, *own)[0]
             return _call_kernel(q, k, v, *few)[0]
+        check_constants(scale=scale, softcap=softcap)
         call = (q, k, v, mask, bias, kv_lengths, *numbers)
         return run(name, ops.BY_BACKEND[name], call, return_lse, needs_grad, own, out)
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
@@ -173,9 +179,16 @@ def kernels_alone(q: Tensor, k: Tensor, v: Tensor, causal: str | bool, scale: fl
         or (_is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
         or _is_any_autocast_enabled()
         or forward_mode.is_active()
+        or _dispatch_modes()
+        or _jit_trace() is not None
     ):
         return None
-    few = () if scale is None else (-1, -1, scale)
+    if scale is None:
+        few = ()
+    elif isinstance(scale, Tensor):
+        return None
+    else:
+        few = (-1, -1, scale)
     try:
         return _call_kernel(q, k, v, None, None, None, _AS_GIVEN, CAUSAL[causal], *few)[0]
     except (RuntimeError, TypeError):

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import _C, _cuda, _errors, dispatch
 from ._extended import Arguments, check_dropout, options_of
 from ._problem import heads_first, lse_dtype
-from ._run import check_types
+from ._run import check_constants, check_types
 from .config import AttentionConfig
 from .masks import Mask
 from .portable import tile_shape
@@ -127,8 +127,9 @@ def explain(
     dense = None if isinstance(mask, Mask) else mask
     tensors = (dense, bias, kv_lengths, out, alibi_slopes, sinks)
     check_types(q, k, v, tensors, layout, causal, scale, softcap, config)
+    check_constants(scale=scale, softcap=softcap)
     config = config or AttentionConfig()
-    check_dropout(dropout_p)
+    dropout_p = check_dropout(dropout_p)
     arguments = Arguments(
         causal, scale, layout, mask, bias, window, softcap, alibi_slopes, sinks, kv_lengths, dropout_p
     )

@@ -98,6 +98,9 @@ def flash_attention_with_kvcache(
     }
     _check_types(q, k_cache, v_cache, tensors, causal, scale, softcap)
     cache_length = _int_of("cache_lengths", cache_lengths)
+    num_splits = _int_of("num_splits", num_splits)
+    if num_splits < 0:
+        raise ValueError(f"num_splits must be at least 0, got {num_splits}")
     if k is not None and torch.is_grad_enabled() and (k_cache.requires_grad or v_cache.requires_grad):
         name = "k_cache" if k_cache.requires_grad else "v_cache"
         raise ValueError(
@@ -122,7 +125,7 @@ def flash_attention_with_kvcache(
         scale=scale,
         softcap=softcap,
         return_lse=return_lse,
-        num_splits=_int_of("num_splits", num_splits),
+        num_splits=num_splits,
         batch_invariant=batch_invariant,
     )  # fmt: skip
     out, lse = attend(call)

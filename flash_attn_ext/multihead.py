@@ -230,8 +230,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             else:
                 bias = m if bias is None else bias + m
         p = self.dropout if self.training else 0.0
-        kept = 0.0 if p == 1 else p
-        check_dropout(kept)
+        kept = check_dropout(0.0 if p == 1 else p)
         state = draw_state(q.device) if kept else None
         dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
         options = Options(mask=mask, bias=bias, rng_state=state, dropout_p=kept)

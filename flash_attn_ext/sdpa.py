@@ -13,7 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from . import _errors, _mha
+from ._extended import as_number
 from ._problem import AS_GIVEN
+from ._run import check_constants
 from .dispatch import Request, is_auto, log_once, preferred
 from .functional import flash_attention, kernels_alone
 
@@ -59,8 +61,10 @@ def scaled_dot_product_attention(
     try:
         if not (is_causal.__class__ is enable_gqa.__class__ is bool):
             _check_flags(is_causal=is_causal, enable_gqa=enable_gqa)
+        if scale is not None:
+            check_constants(scale=scale)
         if dropout_p != 0.0:
-            _check_dropout(dropout_p)
+            dropout_p = _check_dropout(dropout_p)
         causal = "top_left" if is_causal else False
         if attn_mask is not None and (is_causal or attn_mask.dtype != torch.bool):
             _check_mask(attn_mask, is_causal)
@@ -94,11 +98,12 @@ def _check_flags(**flags: object) -> None:
             raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
-def _check_dropout(dropout_p: object) -> None:
-    if not isinstance(dropout_p, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
+def _check_dropout(dropout_p: object) -> float:
+    if not isinstance(dropout_p, bool):  # which is a number to torch
+        dropout_p = as_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
+    return dropout_p
 
 
 def _nested(query, key, value, attn_mask, dropout_p, causal, scale, enable_gqa) -> Tensor:
@@ -246,8 +251,7 @@ def _serve(strict: bool, query: Tensor, key: Tensor, value: Tensor, *args, **kwa
     """Ours, or torch's with the reason logged."""
     if strict:
         return scaled_dot_product_attention(query, key, value, *args, **kwargs)
-    tensors = (query, key, value, *args, *kwargs.values())
-    reason = _why_torch(query, *(t for t in tensors if isinstance(t, Tensor)))
+    reason = _why_torch(query, key, value, *args, **kwargs)
     if reason is None:
         try:
             return scaled_dot_product_attention(query, key, value, *args, **kwargs)
@@ -257,9 +261,13 @@ def _serve(strict: bool, query: Tensor, key: Tensor, value: Tensor, *args, **kwa
     return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
 
 
-def _why_torch(query: Tensor, *tensors: Tensor) -> str | None:
+def _why_torch(
+    query: object, key: object, value: object, attn_mask: object = None, *args, **kwargs
+) -> str | None:
     """Why torch would do better than this package, if it would."""
-    for t in tensors:
+    for t in (query, key, value, *(() if attn_mask is None else (attn_mask,))):
+        if not isinstance(t, Tensor):  # such as a Proxy, of which nothing can be asked
+            return f"a {type(t).__name__} is no Tensor"
         if t.layout == torch.jagged or _errors.causal_variant(t):
             continue
         if type(t) not in (Tensor, torch.nn.Parameter, FakeTensor):

@@ -264,8 +264,8 @@ def plot_attention(
     with torch.no_grad():
         pooled = _stats(q, k, arguments, grid, None if head is None else head % heads).pooled
     pooled = pooled[(None,) * (4 - pooled.dim())].mean((0, 1))
-    sizes = (torch.tensor(_bins_of(0, n, n, b)[1]) for n, b in zip(lengths, grid, strict=True))
-    rows, columns = (n.to(pooled) for n in sizes)
+    sizes = (_bins_of(0, n, n, b)[1] for n, b in zip(lengths, grid, strict=True))
+    rows, columns = (torch.tensor(n, dtype=pooled.dtype, device=pooled.device) for n in sizes)
     mean = (pooled / (rows[:, None] * columns)).float().cpu().numpy()
     top = float(mean[mean > 0].max(initial=0)) or 1.0  # a NaN is not above 0
     axes = (figure := Figure(figsize=(7, 6), layout="constrained")).add_subplot()

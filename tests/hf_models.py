@@ -36,6 +36,23 @@ ENCODER = dict(
     hidden_dropout_prob=0.0,
     attention_probs_dropout_prob=0.0,
 )
+SEQ2SEQ = dict(
+    vocab_size=VOCAB,
+    d_model=32,
+    encoder_layers=2,
+    decoder_layers=2,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+    encoder_ffn_dim=48,
+    decoder_ffn_dim=48,
+    max_position_embeddings=64,
+    dropout=0.0,
+    attention_dropout=0.0,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    decoder_start_token_id=1,
+)
 
 
 def _configs() -> dict:
@@ -141,11 +158,48 @@ def _configs() -> dict:
                 attention_probs_dropout_prob=0.0,
             ),
         ),
+        "splinter": (hf.SplinterModel, hf.SplinterConfig(**ENCODER, question_token_id=1)),
+        "clap": (hf.ClapTextModel, hf.ClapTextConfig(**ENCODER, pad_token_id=0)),
+        "align": (hf.AlignTextModel, hf.AlignTextConfig(**ENCODER)),
+        "bigbird_pegasus": (
+            hf.BigBirdPegasusForConditionalGeneration,
+            hf.BigBirdPegasusConfig(**SEQ2SEQ, attention_type="original_full"),
+        ),
+        "nllb_moe": (
+            hf.NllbMoeForConditionalGeneration,
+            hf.NllbMoeConfig(**SEQ2SEQ, num_experts=2, encoder_sparse_step=2, decoder_sparse_step=2),
+        ),
+        "pegasus_x": (
+            hf.PegasusXForConditionalGeneration,
+            hf.PegasusXConfig(**SEQ2SEQ, block_size=8, num_global_tokens=4),
+        ),
+        "informer": (
+            hf.InformerModel,
+            hf.InformerConfig(
+                prediction_length=6,
+                context_length=12,
+                lags_sequence=[1, 2],
+                num_time_features=1,
+                d_model=32,
+                encoder_layers=2,
+                decoder_layers=2,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                encoder_ffn_dim=48,
+                decoder_ffn_dim=48,
+                dropout=0.0,
+                attention_dropout=0.0,
+                attention_type="full",
+            ),
+        ),
     }
 
 
 DECODERS = ("llama", "mistral", "gemma2", "gemma3", "qwen3", "gpt_oss", "phi", "gpt2", "llama4")
 OTHERS = ("bert", "t5", "whisper", "vit")
+ENCODER_DECODERS = ("t5", "bigbird_pegasus", "nllb_moe", "pegasus_x")
+# They refuse "sdpa", so that nobody has seen to what their layers call causal.
+REFUSING = ("splinter", "clap", "align", "informer", *ENCODER_DECODERS[1:])
 
 
 @functools.cache
@@ -195,7 +249,16 @@ def inputs(name: str, side: str | None = None) -> dict[str, torch.Tensor]:
         features = torch.randn(2, 8, 24, generator=generator)
         own = {} if side is None else {"decoder_attention_mask": padding(side)}
         return {"input_features": features, "decoder_input_ids": tokens()} | own
-    if name == "t5":
+    if name == "informer":
+        past, future = (torch.randn(2, length, 2, generator=generator) for length in (14, 6))
+        return {
+            "past_values": past[..., 0],
+            "past_time_features": past[..., 1:],
+            "past_observed_mask": torch.ones(2, 14),
+            "future_values": future[..., 0],
+            "future_time_features": future[..., 1:],
+        }
+    if name in ENCODER_DECODERS:
         return {"input_ids": tokens(), "decoder_input_ids": tokens(length=9, seed=1)} | mask
     return {"input_ids": tokens()} | mask
 

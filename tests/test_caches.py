@@ -216,6 +216,83 @@ def test_wrong_calls(call, kind, text):
         call()
 
 
+@pytest.mark.parametrize(
+    ("method", "value", "kind", "text"),
+    [
+        ("truncate", 1.7, TypeError, "lengths must be an int, got float"),
+        ("truncate", None, TypeError, "lengths must be an int, got NoneType"),
+        ("truncate", True, TypeError, "lengths must be an int, got bool"),
+        (
+            "truncate",
+            torch.tensor([1.0, 2.0]),
+            TypeError,
+            "lengths must hold ints, got a Tensor of torch.float32",
+        ),
+        ("truncate", [1, 2, 3], ValueError, r"lengths has shape \(3,\), but must be \(\) or \(2,\)"),
+        ("truncate", torch.tensor([[1], [2]]), ValueError, r"lengths has shape \(2, 1\)"),
+        ("truncate", 2**40, ValueError, "lengths are .1099511627776"),
+        ("truncate", 2**70, ValueError, "lengths must fit int64"),
+        ("reorder", [0, 1.0], TypeError, r"sources\[1\] must be an int, got float"),
+        (
+            "reorder",
+            torch.tensor([0.9, 1.2]),
+            TypeError,
+            "sources must hold ints, got a Tensor of torch.float32",
+        ),
+        ("reorder", 1, ValueError, r"sources has shape \(\), but must be \(2,\)"),
+        ("reorder", [0, 2**40], IndexError, "sources are .0, 1099511627776"),
+    ],
+)
+def test_what_counts_is_whole(method, value, kind, text):
+    cache = fae.KVCache(2, 8, HEADS, DIM)
+    cache.append(*torch.randn(2, 2, 3, HEADS, DIM))
+    keys = cache.k.clone()
+    with pytest.raises(kind, match=text):
+        getattr(cache, method)(value)
+    assert cache.lengths.tolist() == [3, 3] and torch.equal(cache.k, keys)
+
+
+def test_lengths_are_changed_in_place():
+    """Whoever holds them sees what there is; under inference_mode nothing new may take their place."""
+    cache = fae.KVCache(2, 8, HEADS, DIM)
+    held = cache.lengths
+    cache.append(*torch.randn(2, 2, 3, HEADS, DIM))
+    with torch.inference_mode():
+        cache.truncate(torch.tensor([2, 1]))
+        cache.reorder([1, 0])
+    assert held is cache.lengths and held.tolist() == [1, 2] and not held.is_inference()
+    cache.append(*torch.randn(2, 2, 1, HEADS, DIM))
+    assert held.tolist() == [2, 3]
+
+
+def test_a_length_is_not_kept_as_a_tensor():
+    cache = fae.PagedKVCache(8, 4, HEADS, DIM)
+    name = cache.add()
+    cache.append([name], *torch.randn(2, 1, 6, HEADS, DIM))
+    length = torch.tensor(5)
+    cache.truncate(name, length)
+    fork = cache.fork(name)
+    cache.append([fork], *torch.randn(2, 1, 2, HEADS, DIM))
+    assert (cache.length(name), cache.length(fork), length.item()) == (5, 7, 5)
+    for wrong in (4.5, torch.tensor(4.5), None, True):
+        with pytest.raises(TypeError, match="length must be an int, got"):
+            cache.truncate(name, wrong)
+    assert cache.length(name) == 5
+
+
+def test_where_tensors_are_made_by_default():
+    """What lives on the host does so, wherever that is."""
+    k, v = torch.randn(2, 1, 3, HEADS, DIM)
+    caches = fae.PagedKVCache(8, 4, HEADS, DIM), fae.PagedKVCache(8, 4, HEADS, DIM)
+    results = []
+    for cache, device in zip(caches, ("cpu", "meta"), strict=True):
+        with torch.device(device):
+            name = cache.add()
+            cache.append([name], k, v)
+            results.append(cache.attend([name], k, k, v))
+    assert torch.equal(*results)
+
+
 def test_a_sequence_appends_once_at_a_time():
     cache = fae.PagedKVCache(2, 4, 2, 8)
     name = cache.add()

@@ -102,6 +102,7 @@ def test_errors_are_also_what_flash_attn_raises():
         (ValueError, "head", lambda: flash_attn_func(q, k[:, :, :1].expand(-1, -1, 3, -1), v)),
         (TypeError, "dtype", lambda: flash_attn_func(q, k.double(), v)),
         (ValueError, "dropout_p", lambda: flash_attn_func(q, k, v, dropout_p=1.5)),
+        (TypeError, "softmax_scale is a constant", lambda: flash_attn_func(q, k, v, 0.0, torch.ones((), requires_grad=True))),
         (ValueError, "cu_seqlens", lambda: flash_attn_varlen_func(q[0], k[0], v[0], cu[:0], cu, 9, 9)),
         (ValueError, "cache_lengths", lambda: compat.flash_attn_with_kvcache(q, k, v, cache_seqlens=10)),
         (ValueError, "rng_state", lambda: compat._flash_attn_backward(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import philox as oracle
 import pytest
 import torch
@@ -231,7 +232,7 @@ def test_compiled_calls_draw_as_eager_ones(engine, saving):
 @pytest.mark.parametrize(
     ("value", "kind", "pattern"),
     [(1.0, ValueError, r"\[0, 1\).*1\.0"), (-0.1, ValueError, "-0.1"), (math.nan, ValueError, "nan"), (2, ValueError, "2"),
-     (math.inf, ValueError, "inf"), ("0.5", TypeError, "str"), (None, TypeError, "NoneType"), ([0.5], TypeError, "list")],
+     (math.inf, ValueError, "inf"), ("0.5", TypeError, "str"), (True, TypeError, "bool"), (None, TypeError, "NoneType"), ([0.5], TypeError, "list")],
 )  # fmt: skip
 def test_wrong_probabilities(value, kind, pattern):
     q, k, v = qkv(1, 5, 2, 4)
@@ -240,3 +241,13 @@ def test_wrong_probabilities(value, kind, pattern):
         with pytest.raises(kind, match=f"dropout_p.*{pattern}"):
             function(q, k, v, dropout_p=value)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_probabilities_of_numpy():
+    q, k, v = qkv(1, 5, 2, 4)
+    results = []
+    for p in (0.25, np.float32(0.25), np.float64(0.25)):
+        torch.manual_seed(0)
+        results.append(fae.flash_attention(q, k, v, dropout_p=p))
+        results.append(fae.scaled_dot_product_attention(q, k, v, dropout_p=p))
+    assert all(torch.equal(a, b) for a, b in zip(results, results[:2] * 3, strict=True))

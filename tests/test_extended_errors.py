@@ -36,6 +36,7 @@ WRONG = [
     Wrong("with-wrong-k", dict(sinks=zeros(4), k=zeros(2, 7, 3, 8)), argument=("q", "k"), contains=["(2, 7, 3, 8)"]),
     Wrong("with-wrong-bias", dict(sinks=zeros(4), bias=zeros(4, 7)), argument="bias", contains=["(4, 7)"]),
     Wrong("with-wrong-scale", dict(sinks=zeros(4), scale=float("nan")), argument="scale", contains=["nan"]),
+    Wrong("with-scale-with-gradient", dict(sinks=zeros(4), scale=torch.ones((), requires_grad=True)), TypeError, "scale", ["constant"]),
     Wrong("with-wrong-window", dict(sinks=zeros(4), window=(-2, 0)), argument="window", contains=["-2"]),
 ]  # fmt: skip
 
@@ -69,6 +70,7 @@ WRONG_PACKED = [
     Wrong("cu-float", dict(cu_seqlens_q=zeros(3)), TypeError, "cu_seqlens_q", ["float32"]),
     Wrong("cu-meta", dict(cu_seqlens_q=zeros(3, dtype=torch.int32, device="meta")), ANY, "cu_seqlens_q", ["meta"]),
     Wrong("slopes", dict(alibi_slopes=zeros(3, 4)), argument="alibi_slopes", contains=["(3, 4)"]),
+    Wrong("softcap-with-gradient", dict(softcap=torch.ones((), requires_grad=True)), TypeError, "softcap", ["constant"]),
     Wrong("lengths", dict(kv_lengths=zeros(3, dtype=torch.int32)), argument="kv_lengths", contains=["(3,)"]),
     Wrong("mask", dict(mask=zeros(2, 1, 2, 4, dtype=torch.bool), max_seqlen_q=3, max_seqlen_k=4), argument="mask", contains=["(2, 1, 2, 4)"]),
     Wrong("bias", dict(bias=zeros(3, 4, 3, 4), max_seqlen_q=3, max_seqlen_k=4), argument="bias", contains=["(3, 4, 3, 4)"]),

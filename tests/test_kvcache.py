@@ -355,6 +355,8 @@ WRONG = {
         {"rotary_cos": torch.zeros(9, 4), "rotary_sin": torch.zeros(9, 3)}, ValueError, "rotary_sin has shape"),
     "interleaved": ({"rotary_interleaved": 2}, TypeError, "rotary_interleaved must be a bool"),
     "window": ({"window": (-2, 0)}, ValueError, "window"),
+    "splits": ({"num_splits": -1}, ValueError, "num_splits must be at least 0, got -1"),
+    "huge scale": ({"scale": 10**400}, ValueError, "scale must be finite"),
     "scale": ({"scale": NAN}, ValueError, "scale is nan"),
     "softcap": ({"softcap": -1.0}, ValueError, "softcap"),
     "causal": ({"causal": "left"}, ValueError, "causal"),

@@ -124,6 +124,13 @@ def test_a_causal_document_mask_is_attention_of_each_document():
     torch.testing.assert_close(out, torch.cat([fae.flash_attention(*part, causal=True) for part in parts], 1))
 
 
+def test_a_tree_where_tensors_are_made_elsewhere_by_default():
+    parents, q = torch.tensor([-1, 0, 0, 1]), torch.randn(1, 4, 2, 8)
+    with torch.device("meta"):
+        out = fae.flash_attention(q, q, q, mask=TreeMask(parents))
+    assert torch.equal(out, fae.flash_attention(q, q, q, mask=TreeMask(parents)))
+
+
 def test_a_chain_is_causal_and_a_star_is_not():
     nodes = torch.arange(12)
     assert torch.equal(TreeMask(nodes - 1).dense(1, 1, 12, 15)[0, 0], CausalMask().dense(1, 1, 12, 15))

@@ -216,6 +216,17 @@ def test_strided_inputs():
     torch.testing.assert_close(ours, packed.grad, rtol=1e-5, atol=1e-5)
 
 
+def test_a_scale_has_no_gradient():
+    q, k, v = (x.detach() for x in inputs(SHAPES[0]))
+    for scale in (torch.tensor(0.5), torch.tensor(0.5, requires_grad=True)):
+        for fn in (fae.scaled_dot_product_attention, F.scaled_dot_product_attention):
+            if scale.requires_grad:
+                with pytest.raises(TypeError, match=r"\bscale\b"):
+                    fn(q, k, v, scale=scale)
+            else:
+                torch.testing.assert_close(fn(q, k, v, scale=scale), fn(q, k, v, scale=0.5))
+
+
 def test_keyword_only_arguments_are_torchs():
     q, k, v = (x.detach() for x in inputs(SHAPES[0]))
     expected = F.scaled_dot_product_attention(q, k, v, None, 0.0, True, scale=0.5)

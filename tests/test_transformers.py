@@ -40,6 +40,25 @@ def test_logits(name, side):
     torch.testing.assert_close(ours, eager, **FP32)
 
 
+@pytest.mark.parametrize("side", [None, "none", "left", "right"])
+@pytest.mark.parametrize("name", models.REFUSING)
+@torch.no_grad()
+def test_logits_of_models_that_refuse_sdpa(name, side):
+    """Their layers may say that they are causal where they are not, and the other way round."""
+    arguments = models.inputs(name, None if side == "none" else side)
+    if side == "none" and "input_ids" in arguments:
+        arguments["attention_mask"] = torch.ones_like(arguments["input_ids"])
+    eager, ours = (run(name, attention, arguments) for attention in ("eager", "fae"))
+    torch.testing.assert_close(ours, eager, **FP32)
+
+
+@pytest.mark.parametrize("name", ["bigbird_pegasus", "nllb_moe", "pegasus_x"])
+@pytest.mark.parametrize("way", ["greedy", "beam"])
+def test_generate_of_models_that_refuse_sdpa(name, way):
+    eager, ours = (generate(name, attention, **WAYS[way]) for attention in ("eager", "fae"))
+    assert ours.tolist() == eager.tolist()
+
+
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_logits_in_bfloat16(name):

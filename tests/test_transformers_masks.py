@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flash_attn_ext import flash_attention
 from flash_attn_ext.masks import CausalMask, PaddingMask, WindowMask
 
 pytest.importorskip("transformers", minversion="5.0")
@@ -207,6 +208,46 @@ def test_a_decoder_that_is_not_causal():
     finally:
         del model.config.is_causal
     torch.testing.assert_close(ours, expected, atol=3e-5, rtol=1e-5)
+
+
+def test_what_None_says_is_known():
+    """Of models that refuse "sdpa" layers are not asked whether they are causal, so None never is."""
+    import transformers as hf
+
+    class OfNobody(hf.PretrainedConfig):
+        pass
+
+    both = masking_utils.bidirectional_mask_function
+    for config, is_known in ((hf.LlamaConfig(), True), (hf.Gemma2Config(), False), (OfNobody(), False)):
+        causal = integration.attention_mask(2, 9, 9, config=config)
+        assert causal is None if is_known else isinstance(causal.seen, CausalMask)
+        assert integration.attention_mask(2, 1, 9, q_offset=8, config=config) is None
+        everything = integration.attention_mask(
+            2, 9, 9, mask_function=both, allow_is_bidirectional_skip=True, config=config
+        )
+        assert everything is None or bool(everything.dense().all())
+    q = torch.randn(1, 2, 5, 8)
+    for name, is_causal in (("llama", True), ("gemma2", False)):
+        layer = models.model(name, "fae").model.layers[0].self_attn
+        out, _ = integration.attention(layer, q, q, q)
+        assert torch.equal(out, flash_attention(*(q.transpose(1, 2),) * 3, is_causal))
+
+
+def test_masks_for_models_that_know_only_those_of_eager():
+    """They turn into those where a layer computes with them."""
+    config = models.model("gemma2", "fae").config
+    both = masking_utils.bidirectional_mask_function
+    for function in (masking_utils.causal_mask_function, both):
+        for padding in (models.padding("left").bool(), models.padding("right").bool()):
+            arguments = dict(
+                batch_size=2, mask_function=function, attention_mask=padding, dtype=torch.float32
+            )
+            for sizes in (dict(q_length=13, kv_length=13), dict(q_length=1, kv_length=13, q_offset=12)):
+                expected = masking_utils.eager_mask(**arguments, **sizes)
+                ours = integration.attention_mask(**arguments, **sizes, config=config)
+                assert isinstance(ours, CompactMask) and ours.dtype == torch.float32
+                assert torch.equal(torch.ones(()) + ours, 1.0 + expected)
+                assert torch.equal(ours.to("cpu")[:, :, :, :7], expected[:, :, :, :7])
 
 
 @pytest.mark.parametrize("kind", ["Bloom", "XGLM"])

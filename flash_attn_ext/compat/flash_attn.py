@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .. import _extended
 from .._philox import draw_state
+from .._run import check_constants
 from ..functional import flash_attention
 from ..kvcache import flash_attention_with_kvcache
 from ..varlen import packing_of
@@ -68,6 +69,7 @@ def _attend(
     return_attn_probs: bool,
     starts: tuple[Tensor, Tensor] | None = None,
 ) -> Result:
+    check_constants(softmax_scale=scores["scale"], softcap=scores["softcap"])
     options = {**scores, "dropout_p": dropout_p, "deterministic": deterministic or None}
     if not return_attn_probs:
         return attention(**options)

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import masks
 from .._extended import Arguments, check_dropout
 from .._philox import draw_state, state_of
-from .._run import check_types
+from .._run import check_constants, check_types
 from .._windows import window_bounds
 
 
@@ -79,6 +79,7 @@ def check_arguments(q: object, k: object, v: object, a: Arguments) -> None:
     mask = None if isinstance(a.mask, masks.Mask) else a.mask
     tensors = (mask, a.bias, a.kv_lengths, None, a.alibi_slopes, a.sinks)
     check_types(q, k, v, tensors, a.layout, a.causal, a.scale, a.softcap, a.config)
+    check_constants(scale=a.scale, softcap=a.softcap)
     for name, t in {"q": q, "k": k, "v": v}.items():
         if t.dim() not in (2, 3, 4):
             raise ValueError(f"{name} must have rank 2, 3 or 4, got shape {tuple(t.shape)}")

@@ -11,7 +11,7 @@ from .._extended import check_dropout
 from .._options import Options
 from .._philox import draw_state
 from .._problem import LAYOUTS, heads_first, lse_dtype, lse_shape
-from .._run import check_types
+from .._run import check_constants, check_types
 from .._windows import CAUSAL, window_bounds
 from . import _blocks, _placement, _ring
 from ._group import Ranks
@@ -101,10 +101,11 @@ def ring_attention(
             raise NotImplementedError(f"{name} must be None in ring_attention: {_REFUSED[name]}")
     tensors = (None, None, kv_lengths, None, None, sinks)
     check_types(q, k, v, tensors, layout, causal, scale, softcap, None)
+    check_constants(scale=scale, softcap=softcap)
     _errors.choice("placement", placement, _placement.PLACEMENTS)
     if deterministic is not None and not isinstance(deterministic, bool):
         raise TypeError(f"deterministic must be a bool or None, got {deterministic!r}")
-    check_dropout(dropout_p)
+    dropout_p = check_dropout(dropout_p)
     ranks = Ranks.of(group)
     if ranks.size == 1:
         return functional.flash_attention(

@@ -28,13 +28,22 @@ class CompactMask:
         shape: (batch, 1, seq_q, seq_kv) of the dense tensor.
         keys: those past it are hidden from all queries: a static cache has not filled them.
         device: where the dense tensor would be.
+        dtype: of the dense tensor: bool, True = may attend; or floating, 0 there and else the least number,
+            as models have it that know the masks of "eager" alone.
     """
 
-    dtype = torch.bool
     ndim = 4
 
-    def __init__(self, seen: Mask, shape: tuple[int, int, int, int], keys: int, device: torch.device | str):
+    def __init__(
+        self,
+        seen: Mask,
+        shape: tuple[int, int, int, int],
+        keys: int,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.bool,
+    ):
         self.seen = seen
+        self.dtype = dtype
         self.shape = shape
         self.keys = keys
         self.device = torch.device(device)
@@ -43,17 +52,25 @@ class CompactMask:
         return f"CompactMask({self.seen!r}, shape={tuple(self.shape)}, keys={self.keys})"
 
     def dense(self) -> Tensor:
-        """Bool (batch, 1, seq_q, seq_kv), True = may attend."""
+        """(batch, 1, seq_q, seq_kv)."""
         batch, heads, seq_q, seq_kv = self.shape
         seen = self.seen.dense(batch, heads, seq_q, self.keys, device=self.device)
         seen = seen.expand(batch, heads, seq_q, self.keys)
-        return torch.nn.functional.pad(seen, (0, seq_kv - self.keys)) if self.keys != seq_kv else seen
+        if self.keys != seq_kv:
+            seen = torch.nn.functional.pad(seen, (0, seq_kv - self.keys))
+        if self.dtype == torch.bool:
+            return seen
+        return torch.where(seen, seen.new_zeros((), dtype=self.dtype), torch.finfo(self.dtype).min)
 
     def to(self, device: torch.device | str | None = None, *args, **kwargs) -> CompactMask | Tensor:
         """On another device; another dtype makes it dense."""
         if args or "dtype" in kwargs or not isinstance(device, (torch.device, str, int)):
             return self.dense().to(*(() if device is None else (device,)), *args, **kwargs)
-        return CompactMask(_moved(self.seen, device), self.shape, self.keys, device)
+        return CompactMask(_moved(self.seen, device), self.shape, self.keys, device, self.dtype)
+
+    def for_eager(self, dtype: torch.dtype) -> CompactMask:
+        """The same, which turns into a mask of "eager"."""
+        return CompactMask(self.seen, self.shape, self.keys, self.device, dtype)
 
     def dim(self) -> int:
         return 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ try:
     from transformers import masking_utils as hf
     from transformers.utils.import_utils import is_tracing
 
-    from ._compact import CompactMask, Place, of_pattern, read
+    from ._compact import CompactMask, Pattern, Place, of_pattern, read
 except ImportError as error:
     raise ImportError(
         f"flash_attn_ext.integrations.transformers needs transformers 5 (pip install transformers): {error}"
@@ -23,7 +24,7 @@ except ImportError as error:
 from .._compiling import constant_when_compiled
 from ..dispatch import log_once
 from ..functional import flash_attention
-from ..masks import DenseMask, PaddingMask
+from ..masks import CausalMask, DenseMask, PaddingMask, WindowMask
 
 # What transformers makes of a name: a kernel to download, a model's right to refuse, a prefix, a repository.
 _RESERVED = ("flash", "sdpa", "flex_attention", "eager", "|", "/")
@@ -83,7 +84,8 @@ def attention(
     """Attention as transformers' models call it.
 
     Args:
-        module: asked for `is_causal` where the argument is None.
+        module: asked for `is_causal` where the argument is None, unless it is of a model that does not
+            support "sdpa": transformers sets it for that alone, and None then hides nothing, as in "eager".
         query: (batch, heads_q, seq_q, dim); key: (batch, heads_kv, seq_kv, dim); value: (batch, heads_kv,
             seq_kv, dim_v). heads_q is a multiple of heads_kv, and a batch of 1 broadcasts.
         attention_mask: what `attention_mask` below returns; or bool, True = may attend, or floating, added
@@ -118,8 +120,15 @@ def attention(
             key, value = key[:, :, : attention_mask.keys], value[:, :, : attention_mask.keys]
             if bias is not None and bias.shape[-1] != 1:
                 bias = bias[..., : attention_mask.keys]
+        if isinstance(mask, CausalMask):
+            causal, mask = mask.alignment, None
+        elif isinstance(mask, DenseMask):
+            mask = mask.seen
     elif attention_mask is None:
-        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        if is_causal is None:
+            refuses = _supports_sdpa(type(getattr(module, "config", module))) is False
+            is_causal = not refuses and getattr(module, "is_causal", True)
+        causal = bool(is_causal)
         if causal and sliding_window is not None:
             window = (sliding_window - 1, None)
     elif attention_mask.is_floating_point():
@@ -185,54 +194,81 @@ def attention_mask(
         device: where the mask is to be.
 
     Returns:
-        None, or bool (batch_size, 1, q_length, kv_length), or a `CompactMask` of that shape. The tensor is of
-        stride 0 over the queries where only padding is hidden that is not all on the right, and dense where
-        q_length is 1, for a function that is not known, and where the model forbids None and so will compute
-        with its mask. Models whose layers do not ask for attention by name compute it themselves: they get
-        the mask of "eager".
+        None, or bool (batch_size, 1, q_length, kv_length), or a `CompactMask` of that shape. None hides
+        nothing, or is a causal mask of a model that supports "sdpa", whose layers know whether they are
+        causal. The tensor is of stride 0 over the queries where only padding is hidden that is not all on
+        the right, and dense where q_length is 1, for a function that is not known, and where the model
+        forbids None and so will compute with its mask. Models that refuse "sdpa" get no tensors, but masks
+        that turn into those of "eager" where a layer computes with them; and models whose layers do not ask
+        for attention by name, and so compute it themselves, get the mask of "eager" at once.
     """
     if isinstance(attention_mask, CompactMask):
         return attention_mask
+    config = kwargs.get("config")
+    arguments = dict(
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+        mask_function=mask_function, attention_mask=attention_mask, allow_is_causal_skip=False,
+        use_vmap=use_vmap, device=device, **kwargs,
+    )  # fmt: skip
+    if config is not None and not _asks_for_attention(type(config)):
+        return hf.eager_mask(**arguments)
+    supports_sdpa = True if config is None else _supports_sdpa(type(config))
     pattern = None if use_vmap else read(mask_function)
-    takes_ours = "config" not in kwargs or _asks_for_attention(type(kwargs["config"]))
+    if pattern is not None and not pattern.causal:
+        # A decoder told not to be causal has layers that would take None for causal.
+        may_skip = allow_is_bidirectional_skip and getattr(config, "is_causal", True)
+    else:
+        may_skip = allow_is_causal_skip
+    if (
+        pattern is None
+        or (attention_mask is not None and attention_mask.dim() != 2)
+        # Without documents, a causal mask that must not be None is one that the model computes with, or one
+        # of a compiled decoding step, where a row of constant shape is best.
+        or (pattern.causal and not may_skip and pattern.documents is None)
+    ):
+        mask = hf.sdpa_mask(**arguments)
+    else:
+        place = Place(batch_size, q_length, kv_length, q_offset, kv_offset, device)
+        mask = _of_pattern(pattern, place, attention_mask, may_skip, supports_sdpa, arguments)
+    if supports_sdpa is not False or mask is None:
+        return mask
+    if isinstance(mask, Tensor):
+        mask = CompactMask(DenseMask(mask), tuple(mask.shape), kv_length, device)
+    return mask.for_eager(kwargs.get("dtype", torch.float32))
 
-    def dense() -> Tensor:
-        kind = hf.sdpa_mask if takes_ours else hf.eager_mask
-        return kind(
-            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
-            kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
-            allow_is_causal_skip=False, use_vmap=use_vmap, device=device, **kwargs,
-        )  # fmt: skip
 
-    if pattern is None or not takes_ours or (attention_mask is not None and attention_mask.dim() != 2):
-        return dense()
-    may_skip = allow_is_causal_skip
-    if not pattern.causal:  # a decoder told not to be causal has layers that would take None for causal
-        may_skip = allow_is_bidirectional_skip and getattr(kwargs.get("config"), "is_causal", True)
-    # Without documents, a causal mask that must not be None is one that the model computes with, or one of a
-    # compiled decoding step, where a row of constant shape is best.
-    if pattern.causal and not may_skip and pattern.documents is None:
-        return dense()
-    traced = is_tracing(q_offset if isinstance(q_offset, Tensor) else attention_mask)
-    if isinstance(q_offset, Tensor) and not traced:
-        q_offset = int(q_offset)
-    padding = None if attention_mask is None else _padding(attention_mask.bool(), kv_length, kv_offset)
-    place = Place(batch_size, q_length, kv_length, q_offset, kv_offset, device)
+def _of_pattern(
+    pattern: Pattern,
+    place: Place,
+    attention_mask: Tensor | None,
+    may_skip: bool,
+    supports_sdpa: bool | None,
+    arguments: dict,
+) -> Tensor | CompactMask | None:
+    """`attention_mask` of a known pattern. `supports_sdpa`: as `_supports_sdpa` has it; `arguments`: those of
+    hf.sdpa_mask."""
+    traced = is_tracing(place.q_offset if isinstance(place.q_offset, Tensor) else attention_mask)
+    if isinstance(place.q_offset, Tensor) and not traced:
+        place = replace(place, q_offset=int(place.q_offset))
+    batch, seq_q, seq_kv, device = place.batch, place.seq_q, place.seq_kv, place.device
+    padding = None if attention_mask is None else _padding(attention_mask.bool(), seq_kv, place.kv_offset)
     compact = of_pattern(pattern, place, padding, traced)
     if compact is None and may_skip:
-        return None
-    if q_length == 1:
-        return dense()
-    if compact is None and pattern.causal:
-        return dense()
+        # What None says is known of one query, and of models that are known.
+        if seq_q == 1 or supports_sdpa or (supports_sdpa is False and not pattern.causal):
+            return None
+        seen = CausalMask() if pattern.causal else WindowMask()
+        return CompactMask(seen, (batch, 1, seq_q, seq_kv), seq_kv, device)
+    if seq_q == 1 or (compact is None and pattern.causal):
+        return hf.sdpa_mask(**arguments)
     if compact is None:
-        return torch.ones((), dtype=torch.bool, device=device).expand(batch_size, 1, q_length, kv_length)
+        return torch.ones((), dtype=torch.bool, device=device).expand(batch, 1, seq_q, seq_kv)
     if isinstance(compact.seen, DenseMask) and not pattern.causal:  # padding alone
         row = compact.seen.seen
         if not traced and bool((row[..., 1:] <= row[..., :-1]).all()):  # on the right: a length is enough
-            lengths = PaddingMask(row.sum(-1).flatten().expand(batch_size))
+            lengths = PaddingMask(row.sum(-1).flatten().expand(batch))
             return CompactMask(lengths, compact.shape, compact.keys, device)
-        return row.expand(batch_size, 1, q_length, kv_length)
+        return row.expand(batch, 1, seq_q, seq_kv)
     return compact
 
 
@@ -242,6 +278,30 @@ def _padding(attention_mask: Tensor, kv_length: int, kv_offset: int) -> Tensor:
     if missing > 0:
         attention_mask = torch.nn.functional.pad(attention_mask, (0, missing))
     return attention_mask[:, kv_offset : kv_offset + kv_length]
+
+
+def _models_of(kind: type, own: bool) -> list[type]:
+    """The classes of models in the "modeling_" modules beside that of `kind`, and in this where `own`."""
+    prefix = kind.__module__.rpartition(".")[0] + ".modeling_"
+    return [
+        found
+        for name, module in list(sys.modules.items())
+        if name.startswith(prefix) or (own and name == kind.__module__)
+        for found in list(vars(module).values())
+        if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.__module__ == name
+    ]
+
+
+_SUPPORTS: dict[type, bool | None] = {}
+
+
+@constant_when_compiled
+def _supports_sdpa(kind: type) -> bool | None:
+    """Whether all models of such a config or layer support "sdpa"; None where no model is found."""
+    if kind not in _SUPPORTS:
+        models = _models_of(kind, own=True)
+        _SUPPORTS[kind] = all(model._supports_sdpa is True for model in models) if models else None
+    return _SUPPORTS[kind]
 
 
 _ASKS: dict[type, bool] = {}
@@ -254,13 +314,9 @@ def _asks_for_attention(config: type) -> bool:
     Some do not, and would add a mask of ours to their scores, or take None for no mask at all.
     """
     if config not in _ASKS:
-        prefix = config.__module__.rpartition(".")[0] + ".modeling_"
+        models = _models_of(config, own=False)
         _ASKS[config] = all(
-            getattr(found, "_can_set_attn_implementation", lambda: True)()
-            for name, module in list(sys.modules.items())
-            if name.startswith(prefix)
-            for found in list(vars(module).values())
-            if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.__module__ == name
+            getattr(model, "_can_set_attn_implementation", lambda: True)() for model in models
         )
         if not _ASKS[config]:
             log_once(
