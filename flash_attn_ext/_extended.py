@@ -12,9 +12,9 @@ from torch import Tensor
 from . import _errors, _nested, autograd, dispatch, ops
 from ._lowering import Lowering, Sizes
 from ._options import Options
-from ._philox import draw_state
+from ._philox import draw_state, no_state
 from ._problem import OPERATOR_LAYOUTS, heads_first
-from ._run import check_constants, check_types, own_arguments, run
+from ._run import check_constants, check_out, check_types, own_arguments, run
 from ._windows import CAUSAL, window_bounds
 from .config import AttentionConfig
 from .masks import Mask
@@ -76,12 +76,22 @@ def attention(
     a = a._replace(dropout_p=check_dropout(a.dropout_p))
     if torch._C._is_any_autocast_enabled():
         q, k, v = autograd.autocast(q, k, v)
-    config = a.config or AttentionConfig()
-    options = options_of(q, k, a, config, packing, draw)
+    config, compiling = a.config or AttentionConfig(), torch.compiler.is_compiling()
+    transformed = not compiling and torch._C._are_functorch_transforms_active()
+    options = options_of(q, k, a, config, packing, draw=no_state)
     name = dispatch.resolve(a.backend, config.backend, dispatch.Request.of(q, v, a.batch_invariant))
     own = own_arguments(name, config, a.batch_invariant, a.deterministic, q.dtype)
     differentiable = (q, k, v, a.bias, a.alibi_slopes, a.sinks)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+    needs_grad = torch.is_grad_enabled() and (
+        any(t is not None and t.requires_grad for t in differentiable)
+        or (transformed and a.out is None)  # vmap's tensors do not tell
+    )
+    if a.out is not None:
+        check_out(a.out, needs_grad)
+    if a.dropout_p > 0:
+        if not (compiling or transformed or torch._C._len_torch_dispatch_stack()):
+            _errors.check_call(q, k, v, options, a.out)  # what raises draws nothing
+        options = options._replace(rng_state=draw(q.device))
     operators = (ops.EXTENDED_BY_BACKEND if options.is_extended() else ops.BY_BACKEND)[name]
     call = (q, k, v, *(options if options.is_extended() else options.plain()))
     try:

@@ -27,6 +27,11 @@ def draw_state(device: torch.device | str) -> Tensor:
     return _draw_now(device)
 
 
+def no_state(device: torch.device) -> Tensor:
+    """In the place of one: what is only described or checked draws nothing."""
+    return torch.empty(2, dtype=torch.int64, device=device)
+
+
 def _draw_now(device: torch.device) -> Tensor:
     return torch.randint(-(1 << 63), (1 << 63) - 1, (2,), dtype=torch.int64, device=device)
 

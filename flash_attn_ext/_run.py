@@ -64,13 +64,7 @@ def _write(
     needs_grad: bool,
 ) -> Tensor:
     """Computes into `out` and returns the LSE."""
-    if needs_grad:
-        raise ValueError(
-            "out must be None when q, k, v or an option requires grad: gradients do not flow through it; "
-            "use torch.no_grad() to write into it all the same"
-        )
-    if out.requires_grad and torch.is_grad_enabled():
-        raise ValueError("out must not require grad: use torch.no_grad() to write into it all the same")
+    check_out(out, needs_grad)
     if name not in ("portable", "standard"):
         return operators.forward_out(*call[:3], out, *call[3:], need_lse, *own)
     options, _ = operators.family.read(call[3:])
@@ -80,6 +74,17 @@ def _write(
     result, lse = reference.attention(*call[:3], options, need_lse)
     out.copy_(result)
     return lse
+
+
+def check_out(out: Tensor, needs_grad: bool) -> None:
+    """Raises where a gradient would be lost by writing into `out`."""
+    if needs_grad:
+        raise ValueError(
+            "out must be None when q, k, v or an option requires grad: gradients do not flow through it; "
+            "use torch.no_grad() to write into it all the same"
+        )
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError("out must not require grad: use torch.no_grad() to write into it all the same")
 
 
 def own_arguments(
@@ -132,6 +137,8 @@ def check_types(
 def _check_number(name: str, value: object) -> None:
     if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise TypeError(f"{name} must be a number, got a Tensor of shape {tuple(value.shape)}")
     if isinstance(value, int) and value.bit_length() > 1024:  # no float is as large
         raise ValueError(f"{name} must be finite, got an int of {value.bit_length()} bits")
 

@@ -18,6 +18,7 @@ _AS_GIVEN = OPERATOR_LAYOUTS[AS_GIVEN]
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_are_transforms_active = torch._C._are_functorch_transforms_active
 # Tracers among others, for which `_run.run` has the operator that is differentiable wherever it runs again.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _jit_trace = torch._C._get_tracing_state
@@ -140,7 +141,11 @@ def flash_attention(
         if bias is not None:
             _errors.check_tensor("bias", bias)
         needs_grad = _is_grad_enabled() and (
-            q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
+            q.requires_grad
+            or k.requires_grad
+            or v.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or (out is None and not compiling and _are_transforms_active())  # vmap's tensors do not tell
         )
         numbers = (OPERATOR_LAYOUTS[layout], CAUSAL[causal], left, right, scale, softcap)
         if (
@@ -148,7 +153,7 @@ def flash_attention(
             and out is None
             and not (return_lse or compiling or _dispatch_modes() or forward_mode.is_active())
             and _jit_trace() is None
-            and not (needs_grad and torch._C._are_functorch_transforms_active())
+            and not (needs_grad and _are_transforms_active())
         ):
             # A small call is over by now. What is default is left out, for every argument takes its time.
             if own or not (mask is bias is kv_lengths is window is scale is None and softcap == 0.0):
@@ -176,7 +181,10 @@ def kernels_alone(q: Tensor, k: Tensor, v: Tensor, causal: str | bool, scale: fl
         not q.is_cpu
         or _is_compiling()
         or not dispatch.takes_cpu(compiling=False)
-        or (_is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        or (
+            _is_grad_enabled()
+            and (q.requires_grad or k.requires_grad or v.requires_grad or _are_transforms_active())
+        )
         or _is_any_autocast_enabled()
         or forward_mode.is_active()
         or _dispatch_modes()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import _C, _cuda, _errors, dispatch
 from ._extended import Arguments, check_dropout, options_of
+from ._philox import no_state
 from ._problem import heads_first, lse_dtype
 from ._run import check_constants, check_types
 from .config import AttentionConfig
@@ -133,7 +134,7 @@ def explain(
     arguments = Arguments(
         causal, scale, layout, mask, bias, window, softcap, alibi_slopes, sinks, kv_lengths, dropout_p
     )
-    options = options_of(q, k, arguments, config, draw=_no_state)
+    options = options_of(q, k, arguments, config, draw=no_state)
     request = dispatch.Request.of(q, v, batch_invariant)
     chosen = dispatch.resolve(backend, config.backend, request)
     _errors.check_call(q, k, v, options, out)
@@ -158,11 +159,6 @@ def explain(
     own = {"backend": chosen, "splits": native["chunks"] * native["splits"], "rejected": rejected}
     own |= {f.name: native[f.name] for f in fields(Plan) if f.name in native and f.name not in own}
     return Plan(**own)
-
-
-def _no_state(device: torch.device) -> Tensor:
-    """In the place of a dropout's state: what is only described draws nothing."""
-    return torch.empty(2, dtype=torch.int64, device=device)
 
 
 def _why_not(name: str, chosen: str, backend: str, config: AttentionConfig) -> str:

@@ -251,3 +251,22 @@ def test_probabilities_of_numpy():
         results.append(fae.flash_attention(q, k, v, dropout_p=p))
         results.append(fae.scaled_dot_product_attention(q, k, v, dropout_p=p))
     assert all(torch.equal(a, b) for a, b in zip(results, results[:2] * 3, strict=True))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda q: fae.flash_attention(q, q.half(), q, dropout_p=0.5),
+        lambda q: fae.flash_attention(q, q, q, dropout_p=0.5, mask=torch.ones(7, 7, dtype=torch.bool)),
+        lambda q: fae.flash_attention(q, q, q, dropout_p=0.5, scale=float("nan")),
+        lambda q: fae.flash_attention(q, q, q, dropout_p=0.5, backend="cuda"),
+        lambda q: fae.flash_attention(q.requires_grad_(), q, q, dropout_p=0.5, out=torch.empty_like(q)),
+        lambda q: fae.flash_attention_varlen(*[q[0]] * 3, *[torch.tensor([0, 9])] * 2, dropout_p=0.5),
+        lambda q: fae.scaled_dot_product_attention(q, q.half(), q, dropout_p=0.5),
+    ],
+)
+def test_what_raises_draws_nothing(wrong):
+    state = torch.get_rng_state()
+    with pytest.raises((TypeError, ValueError, NotImplementedError)):
+        wrong(torch.zeros(1, 3, 2, 4))
+    assert torch.equal(torch.get_rng_state(), state)

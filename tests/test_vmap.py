@@ -126,6 +126,31 @@ class Shapes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+CALLS = {
+    "plain": lambda a: fae.flash_attention(a, a, a),
+    "sdpa": lambda a: fae.scaled_dot_product_attention(a, a, a, is_causal=True),
+    "extended": lambda a: fae.flash_attention(a, a, a, sinks=torch.ones(a.shape[-2])),
+    "portable": lambda a: fae.flash_attention(a, a, a, backend="portable", return_lse=True)[1],
+    "packed": lambda a: fae.flash_attention_varlen(*[a[0]] * 3, torch.tensor([0, 2, 5]), torch.tensor([0, 2, 5])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_gradients_through_it(name):
+    """A batched tensor does not tell whether what it holds requires grad."""
+    call = CALLS[name]
+    q = torch.randn(SAMPLES, BATCH, SEQ_Q, 2, 4, dtype=torch.double, requires_grad=True)
+    factor = torch.ones((), dtype=torch.double, requires_grad=True)
+    expected = torch.autograd.grad(sum(call(x * factor).sin().sum() for x in q), (q, factor))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        through = torch.autograd.grad(vmap(lambda x: call(x * factor))(q).sin().sum(), (q, factor))
+    torch.testing.assert_close(through, expected)
+    torch.testing.assert_close(grad(lambda x: vmap(call)(x).sin().sum())(q), expected[0])
+    with torch.no_grad():
+        torch.testing.assert_close(vmap(call)(q), torch.stack([call(x) for x in q]))
+
+
 def test_samples_are_one_call():
     """Not a loop; unless keys are shared, which would have to be repeated."""
     q, k, v = samples()
