@@ -230,13 +230,14 @@ def test_fully_hidden_rows(target):
 FEW_ROWS = dict(batch=2, heads=(4, 2), seq=(3, 2100), dim=(20, 24))
 
 
+FEW_ROWS_HIDING = [
+    dict(mask="bhqk"), dict(bias="11k", bias_neg_inf=True), dict(causal="top_left"), dict(lengths=(1500, 13)),
+    dict(window=(9, 0)),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "options",
-    [dict(mask="bhqk"), dict(bias="11k", bias_neg_inf=True), dict(causal="top_left"), dict(lengths=(1500, 13)),
-     dict(window=(9, 0))],
-    ids=lambda o: next(iter(o)),
-)  # fmt: skip
+@pytest.mark.parametrize("options", FEW_ROWS_HIDING, ids=lambda o: next(iter(o)))
 def test_few_rows_do_not_read_what_is_hidden(options, dtype, cpu_target):
     """Decoding reads keys where they lie, by ranges of which several may hold nothing that is seen."""
     inputs = build(Case("few", **FEW_ROWS, **options), dtype)
@@ -248,6 +249,18 @@ def test_few_rows_do_not_read_what_is_hidden(options, dtype, cpu_target):
         inputs.k[unseen], inputs.v[unseen] = value, value
         for name, result in run(inputs, "cpu").items():
             assert torch.equal(result, clean[name]), (name, value)
+
+
+@pytest.mark.parametrize("where", ["k", "v", "q", "dout"])
+@pytest.mark.parametrize("options", FEW_ROWS_HIDING, ids=lambda o: next(iter(o)))
+def test_a_visible_nan_among_few_rows(options, where, cpu_target):
+    """It touches the rows and keys that see each other alone, where gradients of keys are sums over few rows."""
+    clean, dirty = (build(Case("few", **FEW_ROWS, **options), torch.float32) for _ in range(2))
+    keys, queries = torch.zeros(2, 2, 2100, dtype=torch.bool), torch.zeros(2, 4, 3, dtype=torch.bool)
+    keys[0, 1, 0] = keys[0, 0, 2095] = keys[1, 1, 11] = True
+    queries[0, 2, 1] = queries[1, 1, 0] = True
+    setattr(dirty, where, poison(getattr(dirty, where), keys if where in "kv" else queries, "bshd", NAN))
+    check(dirty, clean, cpu_target)
 
 
 @pytest.mark.parametrize("seq_q", [1, 20])

@@ -132,26 +132,18 @@ class DirectBackward : private BackwardRows<P, S> {
     Real ones[kRows];
     for (int i = 0; i < rows; ++i) ones[i] = 1;
     Real* const dq = dq_ + row * dim_padded_;
-    const SourceRows<S> keys = this->keys_of(p_.k, this->k_begin_ + range.first);
+    const SourceRows<S> from = this->keys_of(p_.k, this->k_begin_ + range.first);
+    const typename Products::Rows keys(from, Products::rows_ahead(p_.dim) * from.row);
     if (!skips_hidden_) {
-      Products::accumulate(gradients, plan_.block_kv, rows, ones,
-                           {keys, Products::rows_ahead(p_.dim) * keys.row}, range.keys, p_.dim, dq,
-                           dim_padded_);
+      Products::accumulate(gradients, plan_.block_kv, rows, ones, keys, range.keys, p_.dim, dq, dim_padded_);
       return;
     }
     for (int i = 0; i < rows; ++i) {
-      copy_seen(row + i, range, keys);
+      const auto sees_key = [&](int64_t j) { return sees(row + i, this->k_begin_ + range.first + j); };
+      Products::copy_seen(keys, range.keys, p_.dim, sees_key, seen_keys_);
       Products::accumulate(gradients + i * plan_.block_kv, plan_.block_kv, 1, ones,
                            {{seen_keys_, p_.dim, 1}, 0}, range.keys, p_.dim, dq + i * dim_padded_,
                            dim_padded_);
-    }
-  }
-  // Keys of the range that the row sees, and zeros for the others: 0 * NaN of one of those would be NaN.
-  void copy_seen(int64_t row, const TileRange& range, const SourceRows<S>& keys) {
-    for (int64_t j = 0; j < range.keys; ++j) {
-      const bool seen = sees(row, this->k_begin_ + range.first + j);
-      for (int64_t c = 0; c < p_.dim; ++c)
-        seen_keys_[j * p_.dim + c] = seen ? keys.data[j * keys.row + c] : S{};
     }
   }
 

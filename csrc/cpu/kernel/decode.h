@@ -7,7 +7,6 @@
 
 #include "cpu/kernel/direct.h"
 #include "cpu/kernel/forward_rows.h"
-#include "cpu/kernel/special_rows.h"
 
 namespace fae::cpu::FAE_ISA_NAMESPACE {
 
@@ -31,6 +30,7 @@ class Decode : private ForwardRows<P, S> {
     queries_ = arena_.template take<Operand>(plan.heads_together * plan.block_q * dim_padded_);
     if constexpr (P::kPair > 1) weights_ = arena_.template take<Operand>(kDirectRows * score_ld());
     else weights_ = scores_;
+    seen_ = arena_.template take<S>(plan.block_kv * p_.dim_v);
   }
   size_t bytes() const { return arena_.used(); }
 
@@ -160,28 +160,28 @@ class Decode : private ForwardRows<P, S> {
     for (int i = 0; i < rows; ++i) {
       alpha[i] = this->softmax(i, refs[i], mask.begin, columns, scores_ + i * ld, weights_ + i * ld);
     }
-    if (skips_hidden_) return accumulate_visible(refs, rows, alpha, tile);
-    if (by_page(mask.begin)) {
-      for_each_page(p_.v, p_.dim_v, mask.begin, keys, [&](int64_t done, const auto& page, int64_t count) {
-        Products::accumulate(weights_ + done, ld, rows, alpha, page, count, p_.dim_v, acc_, dim_v_padded_);
-        for (int i = 0; i < rows; ++i) alpha[i] = 1;
-      });
-    } else {
-      Products::accumulate(weights_, ld, rows, alpha, in_one_place(p_.v, mask.begin, keys, p_.dim_v), keys,
-                           p_.dim_v, acc_, dim_v_padded_);
-    }
+    const auto accumulate = [&](int64_t done, const typename Products::Rows& values, int64_t count) {
+      if (skips_hidden_) {
+        accumulate_seen(refs, rows, alpha, mask.begin + done, weights_ + done, values, count);
+      } else {
+        Products::accumulate(weights_ + done, ld, rows, alpha, values, count, p_.dim_v, acc_, dim_v_padded_);
+      }
+      for (int i = 0; i < rows; ++i) alpha[i] = 1;
+    };
+    if (by_page(mask.begin)) for_each_page(p_.v, p_.dim_v, mask.begin, keys, accumulate);
+    else accumulate(0, in_one_place(p_.v, mask.begin, keys, p_.dim_v), keys);
   }
 
-  // The same sums, but of keys that a row sees: 0 * NaN of a hidden one would be NaN.
-  void accumulate_visible(const RowRef* refs, int rows, const Real* alpha, const ScoreTile<V>& tile) {
+  // The same sums, to the bit, but of values that a row sees, n of them from key `key` on.
+  void accumulate_seen(const RowRef* refs, int rows, const Real* alpha, int64_t key, const Operand* weights,
+                       const typename Products::Rows& values, int64_t n) {
     for (int r = 0; r < rows; ++r) {
-      Real* const acc = acc_ + r * dim_v_padded_;
-      for (int64_t c = 0; c < p_.dim_v; ++c) acc[c] *= alpha[r];
-      for (int64_t j = 0; j < tile.keys; ++j) {
-        if (!is_visible(p_, sequence_, b_, refs[r].head, refs[r].query, tile.k_begin + j)) continue;
-        const SourceRows<S> value = this->key_row(p_.v, tile.k_begin + j);
-        add_special_row(Real(to_float(weights_[r * tile.ld + j])), value.data, value.column, p_.dim_v, acc);
-      }
+      const auto sees = [&](int64_t i) {
+        return is_visible(p_, sequence_, b_, refs[r].head, refs[r].query, key + i);
+      };
+      Products::copy_seen(values, n, p_.dim_v, sees, seen_);
+      Products::accumulate(weights + r * score_ld(), score_ld(), 1, alpha + r, {{seen_, p_.dim_v, 1}, 0}, n,
+                           p_.dim_v, acc_ + r * dim_v_padded_, dim_v_padded_);
     }
   }
 
@@ -203,6 +203,7 @@ class Decode : private ForwardRows<P, S> {
   Operand* queries_;                    // arranged, of all heads
   Real* scores_;                        // [kDirectRows][score_ld()]
   Operand* weights_;                    // the same, as operands: scores_ itself where these are Real
+  S* seen_;                             // [block_kv][dim_v]
   bool skips_hidden_ = false;           // values of hidden keys are not even multiplied by 0
 };
 

@@ -39,6 +39,16 @@ class Direct {
   // Rows of so many columns that are fetched early.
   static int64_t rows_ahead(int64_t columns) { return 1 + kAheadBytes / (columns * int64_t(sizeof(S))); }
 
+  // Copies n rows to `to`, [n][columns], but zeros in the place of those that sees(i) denies: multiplied by a
+  // weight of 0, a NaN would be seen all the same.
+  template <class Sees>
+  static void copy_seen(const Rows& rows, int64_t n, int64_t columns, Sees&& sees, S* to) {
+    for (int64_t i = 0; i < n; ++i, to += columns) {
+      if (sees(i)) __builtin_memcpy(to, rows.data + i * rows.row, size_t(columns) * sizeof(S));
+      else __builtin_memset(to, 0, size_t(columns) * sizeof(S));
+    }
+  }
+
   // Queries as score() takes them: rows that it takes together lie side by side, chunk by chunk.
   // q: [rows][q_ld], 0 up to whole chunks; out: as many operands as rows of whole chunks have.
   static void arrange(const Operand* q, int64_t q_ld, int rows, int64_t dim, Operand* out) {
