@@ -46,15 +46,6 @@ class CacheCall(NamedTuple):
     num_splits: int = 0
     batch_invariant: bool = False
 
-    def without_gradients(self) -> CacheCall:
-        return self._replace(
-            **{
-                name: value.detach()
-                for name, value in zip(self._fields, self, strict=True)
-                if isinstance(value, Tensor) and value.requires_grad
-            }
-        )
-
     def check(self, on_host: CacheCall | None = None) -> None:
         """Raise what the kernels' operator would raise. `on_host`: with integers that can be read."""
         source = on_host or self

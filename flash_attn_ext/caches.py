@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _errors
+from ._pages import PageTables
 from .kvcache import flash_attention_with_kvcache
 
 
@@ -152,7 +153,7 @@ class PagedKVCache:
         self.k, self.v = _storage(sizes, dim, dim_v, dtype, device)
         self._free = list(range(pages - 1, -1, -1))
         self._users = [0] * pages
-        self._tables: dict[int, list[int]] = {}
+        self._tables = PageTables()
         self._lengths: dict[int, int] = {}
         self._next = 0
 
@@ -173,14 +174,14 @@ class PagedKVCache:
     def add(self) -> int:
         """A new, empty sequence."""
         name, self._next = self._next, self._next + 1
-        self._tables[name], self._lengths[name] = [], 0
+        self._tables[name], self._lengths[name] = (), 0
         return name
 
     def fork(self, sequence: int) -> int:
         """A new sequence with the keys and values of another, in the same pages."""
         table, length = self._tables[self._known(sequence)], self._lengths[sequence]
         name = self.add()
-        self._tables[name], self._lengths[name] = list(table), length
+        self._tables[name], self._lengths[name] = table, length
         for page in table:
             self._users[page] += 1
         return name
@@ -201,9 +202,8 @@ class PagedKVCache:
         if not 0 <= length <= known:
             raise ValueError(f"length is {length}, but must be between 0 and {known}")
         kept = -(-length // self.k.shape[1])
-        table = self._tables[sequence]
-        self._release(table[kept:])
-        del table[kept:]
+        self._release(self._tables[sequence][kept:])
+        self._tables.replace(sequence, kept, ())
         self._lengths[sequence] = length
 
     def reorder(self, sequences: Sequence[int], sources: Sequence[int]) -> None:
@@ -212,7 +212,7 @@ class PagedKVCache:
             raise ValueError(
                 f"sequences must differ and be as many as sources, got {sequences} and {sources}"
             )
-        new = [(list(self._tables[self._known(s)]), self._lengths[s]) for s in sources]
+        new = [(self._tables[self._known(s)], self._lengths[s]) for s in sources]
         for name in sequences:
             self._known(name)
         for table, _ in new:
@@ -224,12 +224,7 @@ class PagedKVCache:
 
     def block_table(self, sequences: Sequence[int]) -> Tensor:
         """(batch, most pages of one) int32, -1 where a sequence has no more, on the cache's device."""
-        tables = [self._tables[self._known(s)] for s in sequences]
-        most = max(map(len, tables), default=0)
-        rows = [table + [-1] * (most - len(table)) for table in tables]
-        return (
-            torch.tensor(rows, dtype=torch.int32, device="cpu").reshape(len(tables), most).to(self.k.device)
-        )
+        return self._tables.tensor([self._known(s) for s in sequences]).to(self.k.device)
 
     def attend(
         self,
@@ -292,27 +287,30 @@ class PagedKVCache:
         plans = []
         copies: dict[int, int] = {}  # of a page, by which it has fewer users
         for name in sequences if added else ():
-            table, length = self._tables[name], self._lengths[name]
-            last = table[-1] if length % size else None
+            held, length = self._tables.count(name), self._lengths[name]
+            last = self._tables.last(name) if length % size else None
             shared = last is not None and self._users[last] - copies.get(last, 0) > 1
             if shared:
                 copies[last] = copies.get(last, 0) + 1
-            plans.append((name, shared, -(-(length + added) // size) - len(table)))
+            plans.append((name, shared, -(-(length + added) // size) - held))
         wanted = sum(more + shared for _, shared, more in plans)
         if wanted > len(self._free):
             raise RuntimeError(
                 f"PagedKVCache has {len(self._free)} free pages of {len(self._users)}, but appending {added} "
                 f"keys to {len(plans)} sequences takes {wanted}"
             )
-        undo = _Reservation({name: list(self._tables[name]) for name, _, _ in plans}, [], [])
+        undo = _Reservation([], [], [])
         for name, shared, more in plans:
-            table = self._tables[name]
+            begin = self._tables.count(name) - shared
+            pages = [self._take(undo) for _ in range(more + shared)]
+            replaced = [self._tables.last(name)] if shared else []
             if shared:
-                undo.replaced.append(table[-1])
-                table[-1] = self._take(undo)
                 for t in (self.k, self.v):
-                    t[table[-1]] = t[undo.replaced[-1]]
-            table += [self._take(undo) for _ in range(more)]
+                    t[pages[0]] = t[replaced[0]]
+            if pages:
+                self._tables.replace(name, begin, pages)
+                undo.changed.append((name, begin, replaced))
+                undo.replaced += replaced
         return undo
 
     def _take(self, undo: _Reservation) -> int:
@@ -322,15 +320,18 @@ class PagedKVCache:
         return page
 
     def _undo(self, undo: _Reservation) -> None:
-        self._tables |= undo.tables
+        for name, begin, pages in undo.changed:
+            self._tables.replace(name, begin, pages)
         self._release(undo.taken)
 
 
 class _Reservation:
     """What `_reserve` has changed."""
 
-    def __init__(self, tables: dict[int, list[int]], taken: list[int], replaced: list[int]) -> None:
-        self.tables = tables  # as they were
+    def __init__(
+        self, changed: list[tuple[int, int, list[int]]], taken: list[int], replaced: list[int]
+    ) -> None:
+        self.changed = changed  # names, and from where on their tables had other pages, and which
         self.taken = taken  # pages from the pool
         self.replaced = replaced  # shared pages of which a copy took the place
 

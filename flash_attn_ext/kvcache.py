@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from . import _cache_call, _errors, dispatch
+from ._problem import lse_dtype
 from ._run import check_types
 from ._windows import CAUSAL, window_bounds
 
 _TENSORS = (
-    "cache_lengths", "block_table", "cache_batch_idx", "cache_leftpad", "rotary_cos", "rotary_sin",
+    "k", "v", "cache_lengths", "block_table", "cache_batch_idx", "cache_leftpad", "rotary_cos", "rotary_sin",
     "alibi_slopes", "sinks",
 )  # fmt: skip
 
@@ -85,75 +86,83 @@ def flash_attention_with_kvcache(
     Source: the interface is that of Dao's flash_attn, https://github.com/Dao-AILab/flash-attention; pages:
     Kwon et al., PagedAttention, 2023, arXiv:2309.06180; rotary embedding: Su et al., 2021, arXiv:2104.09864.
     """
-    tensors = {
-        "block_table": block_table,
-        "cache_batch_idx": cache_batch_idx,
-        "cache_leftpad": cache_leftpad,
-        "rotary_cos": rotary_cos,
-        "rotary_sin": rotary_sin,
-        "alibi_slopes": alibi_slopes,
-        "sinks": sinks,
-        "k": k,
-        "v": v,
-    }
-    _check_types(q, k_cache, v_cache, tensors, causal, scale, softcap)
-    cache_length = _int_of("cache_lengths", cache_lengths)
-    num_splits = _int_of("num_splits", num_splits)
-    if num_splits < 0:
-        raise ValueError(f"num_splits must be at least 0, got {num_splits}")
-    if k is not None and torch.is_grad_enabled() and (k_cache.requires_grad or v_cache.requires_grad):
-        name = "k_cache" if k_cache.requires_grad else "v_cache"
-        raise ValueError(
-            f"{name} must not require grad where k and v are appended: use torch.no_grad() to write into it"
-        )
-    if torch.compiler.is_compiling() and not isinstance(cache_lengths, Tensor):
-        # An operator's numbers are constants, and a call would be compiled again for each.
-        cache_lengths = torch.full((q.shape[0],), cache_length, dtype=torch.int32, device=q.device)
-        cache_length = 0
-    if not isinstance(rotary_interleaved, bool):
-        raise TypeError(f"rotary_interleaved must be a bool, got {rotary_interleaved!r}")
-    left, right = (-1, -1) if window is None else window_bounds(window)
-    call = _cache_call.CacheCall(
-        q=q, k_cache=k_cache, v_cache=v_cache,
-        cache_lengths=cache_lengths if isinstance(cache_lengths, Tensor) else None,
-        **tensors,
-        cache_length=cache_length,
-        rotary_interleaved=rotary_interleaved,
-        causal=CAUSAL[causal],
-        window_left=left,
-        window_right=right,
-        scale=scale,
-        softcap=softcap,
-        return_lse=return_lse,
-        num_splits=num_splits,
-        batch_invariant=batch_invariant,
-    )  # fmt: skip
-    out, lse = attend(call)
+    try:
+        cache_length, lengths = 0, cache_lengths
+        if not isinstance(cache_lengths, Tensor):
+            cache_length, lengths = _int_of("cache_lengths", cache_lengths), None
+            if torch.compiler.is_compiling():
+                # An operator's numbers are constants, and a call would be compiled again for each.
+                lengths = torch.full((q.shape[0],), cache_length, dtype=torch.int32, device=q.device)
+                cache_length = 0
+        if k is not None and torch.is_grad_enabled() and (k_cache.requires_grad or v_cache.requires_grad):
+            name = "k_cache" if k_cache.requires_grad else "v_cache"
+            raise ValueError(
+                f"{name} must not require grad where k and v are appended: "
+                "use torch.no_grad() to write into it"
+            )
+        if not isinstance(rotary_interleaved, bool):
+            raise TypeError(f"rotary_interleaved must be a bool, got {rotary_interleaved!r}")
+        num_splits = _int_of("num_splits", num_splits)
+        if num_splits < 0:
+            raise ValueError(f"num_splits must be at least 0, got {num_splits}")
+        left, right = (-1, -1) if window is None else window_bounds(window)
+        call = (
+            q, k_cache, v_cache, k, v, lengths, block_table, cache_batch_idx, cache_leftpad, rotary_cos,
+            rotary_sin, None, alibi_slopes, sinks, cache_length, -1, rotary_interleaved, CAUSAL[causal], left,
+            right, scale, softcap, return_lse, num_splits, batch_invariant,
+        )  # fmt: skip
+        out, lse = _attend(call)
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        lengths = cache_lengths if isinstance(cache_lengths, Tensor) else None
+        tensors = (lengths, block_table, cache_batch_idx, cache_leftpad, rotary_cos, rotary_sin)
+        _check_types(q, k_cache, v_cache, (k, v, *tensors, alibi_slopes, sinks), causal, scale, softcap)
+        raise _errors.translate(error) from None
     return (out, lse) if return_lse else out
 
 
 def attend(call: _cache_call.CacheCall) -> tuple[Tensor, Tensor]:
     """(out, lse) by the backend that serves the call; lse is empty unless asked for."""
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(call.q.device.type):
-        dtype = call.k_cache.dtype
-        call = call._replace(
-            **{name: t.to(dtype) for name in "qkv" if (t := getattr(call, name)) is not None}
-        )
-    request = dispatch.Request.of(call.q, call.v_cache, call.batch_invariant)
-    name = dispatch.resolve("auto", "auto", request)
     try:
-        out, lse = _cache_call.BY_BACKEND[name](*call.without_gradients())
+        return _attend(call)
     except RuntimeError as error:
         raise _errors.translate(error) from None
-    return out, lse.to(torch.float64 if call.q.dtype == torch.float64 else torch.float32)
+
+
+def _attend(call: tuple) -> tuple[Tensor, Tensor]:
+    """`call`: what a `CacheCall` holds, in its order."""
+    q, k_cache, v_cache, k, v, *rest = call
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(q.device.type):
+        q, k, v = (t if t is None else t.to(k_cache.dtype) for t in (q, k, v))
+        call = (q, k_cache, v_cache, k, v, *rest)
+    compiling = torch.compiler.is_compiling()
+    if compiling or (torch.is_grad_enabled() and torch._C._any_requires_grad(*call)):
+        call = tuple(t.detach() if isinstance(t, Tensor) and t.requires_grad else t for t in call)
+    *_, return_lse, _, batch_invariant = rest
+    if q.is_cpu and not compiling and dispatch.takes_cpu(compiling):
+        out, lse = _call_kernel(*call)
+    else:
+        name = dispatch.resolve("auto", "auto", dispatch.Request.of(q, v_cache, batch_invariant))
+        out, lse = _cache_call.BY_BACKEND[name](*call)
+    return out, lse.to(lse_dtype(q)) if return_lse else lse
+
+
+# Without the frame of Python around it.
+_call_kernel = getattr(_cache_call.KERNEL, "_op", _cache_call.KERNEL)
 
 
 def _check_types(
-    q: object, k_cache: object, v_cache: object, tensors: dict, causal: object, scale: object, softcap: object
+    q: object,
+    k_cache: object,
+    v_cache: object,
+    tensors: tuple,
+    causal: object,
+    scale: object,
+    softcap: object,
 ) -> None:
+    """Raises for what the operator could not even be given. `tensors`: all of `_TENSORS`."""
     for name, value in {"q": q, "k_cache": k_cache, "v_cache": v_cache}.items():
         _errors.check_tensor(name, value)
-    for name, value in tensors.items():
+    for name, value in zip(_TENSORS, tensors, strict=True):
         if value is not None:
             _errors.check_tensor(name, value)
     check_types(q, k_cache, v_cache, (), "bshd", causal, scale, softcap, None)

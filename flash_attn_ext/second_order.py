@@ -9,7 +9,8 @@ O(seq_q + seq_kv).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -64,7 +65,7 @@ def derivatives(
             totals[name] = totals[name] + grad
 
     found = []
-    with no_autocast(q.device):
+    with no_autocast(q.device), _plainly_saved():
         for n, part in enumerate(parts(sources)):
             if not part.problem.has_work():
                 found.append(part.tangents())
@@ -98,6 +99,21 @@ def derivatives(
         totals["lse"],
         {name: totals[name].to(t.dtype) for name, t in inputs.items()},
     )
+
+
+@contextmanager
+def _plainly_saved() -> Iterator[None]:
+    """Without the hooks on saved tensors of a checkpoint or save_on_cpu, which torch.func refuses: what it
+    saves for one tile is gone before the next, and not for them to keep."""
+    hooks = []
+    while (pair := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+        hooks.append(pair)
+    try:
+        yield
+    finally:
+        for pair in reversed(hooks):
+            torch._C._autograd._push_saved_tensors_default_hooks(*pair)
 
 
 @dataclass(frozen=True)  # not a tuple: torch.func would take it apart

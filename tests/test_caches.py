@@ -167,6 +167,16 @@ class PagedMachine(RuleBasedStateMachine):
         self.model |= dict(zip(names, copies, strict=True))
 
     @invariant()
+    def one_table_of_all(self):
+        if hasattr(self, "cache"):
+            names = list(self.model)
+            table = self.cache.block_table(names)
+            rows = [self.cache.block_table([name])[0].tolist() for name in names]
+            most = max(map(len, rows), default=0)
+            assert table.shape == (len(names), most) and table.dtype == torch.int32
+            assert table.tolist() == [row + [-1] * (most - len(row)) for row in rows]
+
+    @invariant()
     def same(self):
         if not hasattr(self, "cache"):
             return
@@ -263,6 +273,17 @@ def test_lengths_are_changed_in_place():
     assert held is cache.lengths and held.tolist() == [1, 2] and not held.is_inference()
     cache.append(*torch.randn(2, 2, 1, HEADS, DIM))
     assert held.tolist() == [2, 3]
+
+
+def test_tables_that_grow_under_inference_mode():
+    """And are written outside of it, too."""
+    cache = fae.PagedKVCache(40, 1, HEADS, DIM)
+    names = [cache.add() for _ in range(3)]
+    for count in (1, 4, 5):
+        with torch.inference_mode(count == 4):
+            cache.append(names, *torch.randn(2, 3, count, HEADS, DIM))
+    assert sorted(cache.block_table(names).flatten().tolist()) == list(range(30))
+    assert not cache.block_table(names).is_inference()
 
 
 def test_a_length_is_not_kept_as_a_tensor():

@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 from torch.autograd import functional, grad, gradgradcheck
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.func import hessian, jacfwd, jacrev, vjp, vmap
+from torch.utils.checkpoint import checkpoint
 
 import flash_attn_ext as fae
 from flash_attn_ext import ops
@@ -206,3 +208,31 @@ def test_products_with_vectors(backend):
     _, products = functional.hvp(total, moving, directions, create_graph=True)
     with pytest.raises(NotImplementedError, match="third-order"):
         products[0].sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("way", ["checkpoint", "save_on_cpu"])
+def test_hooks_on_saved_tensors(way, backend):
+    """They are asked to keep what the graph keeps, and are there again after it."""
+    q = inputs()["q"].detach().requires_grad_()
+    kept = []
+
+    def gradient(q):
+        out = fae.flash_attention(q, q, q, causal=True, backend=backend)
+        return grad(out.square().sum(), q, create_graph=True)[0]
+
+    def product(q):
+        return grad(gradient(q).sin().sum(), q, create_graph=True)[0]
+
+    def hooked(function):
+        if way == "checkpoint":
+            return checkpoint(function, q, use_reentrant=False)
+        with save_on_cpu(), saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            result = function(q)
+            before = len(kept)
+            torch.exp(q)
+            assert 0 < before == len(kept) - 1
+        return result
+
+    torch.testing.assert_close(hooked(product), product(q))
+    torch.testing.assert_close(*(grad(t.sin().sum(), q)[0] for t in (hooked(gradient), gradient(q))))
