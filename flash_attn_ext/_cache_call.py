@@ -180,9 +180,17 @@ def _standard(*arguments) -> tuple[Tensor, Tensor]:
     return _plain(CacheCall(*arguments), lambda q, k, v, options: reference.attention(q, k, v, options, True))
 
 
+def _check_meta(call: CacheCall) -> None:
+    """Raises where some tensors have data and others none, a call that is no trace."""
+    for name, t in zip(call._fields, call, strict=True):
+        if isinstance(t, Tensor) and t.is_meta != call.q.is_meta:
+            raise ValueError(f"{name} is on device {t.device}, but q is on {call.q.device}")
+
+
 def fake(*arguments) -> tuple[Tensor, Tensor]:
     """Results of their shapes and dtypes, uninitialised."""
     call = CacheCall(*arguments)
+    _check_meta(call)
     *lead, seq, heads, _ = call.q.shape
     out = call.q.new_empty((*call.q.shape[:-1], call.v_cache.shape[-1]))
     shape = (*lead, heads, seq) if call.return_lse else (0,)

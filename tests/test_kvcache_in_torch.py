@@ -94,3 +94,18 @@ def test_longest_sequences_that_are_numbers_do_not_compile_again():
         arguments = (torch.randn(n + 4, 2, 8), torch.tensor([0, 4, 4 + n]), n)
         assert torch.equal(compiled(*arguments), packed(*arguments))
     assert counter.frame_count <= 3
+
+
+@pytest.mark.parametrize("name", ["q", "k_cache", "v_cache", "k", "v", "cache_lengths", "cache_batch_idx"])
+def test_some_tensors_without_data(name):
+    """The dispatcher would take the call for one that is traced, and give what nobody computed."""
+    tensors = dict(
+        q=torch.randn(1, 1, 2, 8), k_cache=torch.zeros(1, 4, 2, 8), v_cache=torch.zeros(1, 4, 2, 8),
+        k=torch.randn(1, 1, 2, 8), v=torch.randn(1, 1, 2, 8), cache_lengths=torch.tensor([1]),
+        cache_batch_idx=torch.tensor([0]),
+    )  # fmt: skip
+    tensors[name] = tensors[name].to("meta")
+    with pytest.raises(ValueError, match="is on device (meta, but q is on cpu|cpu, but q is on meta)"):
+        fae.flash_attention_with_kvcache(**tensors)
+    every = {name: t.to("meta") for name, t in tensors.items()}
+    assert fae.flash_attention_with_kvcache(**every).is_meta
