@@ -17,6 +17,7 @@ Rotary rotary_of(const CacheCallDesc& call) {
           sin.dtype,
           {cos.stride[0], cos.stride[1]},
           {sin.stride[0], sin.stride[1]},
+          cos.shape[0],
           cos.shape[1],
           call.rotary_interleaved};
 }
@@ -104,7 +105,6 @@ void attention_kvcache(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outp
     cached.update.rotary = rotary_of(call);
     cached.update.turned = attention_view(turned.desc, Layout::kBshd);
     cached.update.queries_move = call.queries_move();
-    cached.rotary_positions = call.rotary_cos.shape[0];
   }
   if (call.appends() || p.has_rows()) run_kvcache(cached, place, options);
   give(&stack[0], std::move(out.tensor));

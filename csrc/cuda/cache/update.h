@@ -106,11 +106,12 @@ class UpdateCache {
   static FAE_DEVICE void turn(DType dtype, const RowPlace& from, const RowPlace& to, int64_t dim,
                               const Rotary& rotary, int64_t position) {
     const int64_t step = rotary.interleaved ? 2 : 1, partner = rotary.interleaved ? 1 : rotary.pairs;
+    const int64_t row = rotary.row(position);
     for (int64_t n = lane_index(); n < rotary.pairs; n += kWarpSize) {
       const float cos = load_as_float(rotary.cos, rotary.cos_dtype,
-                                      position * rotary.cos_stride[0] + n * rotary.cos_stride[1]);
+                                      row * rotary.cos_stride[0] + n * rotary.cos_stride[1]);
       const float sin = load_as_float(rotary.sin, rotary.sin_dtype,
-                                      position * rotary.sin_stride[0] + n * rotary.sin_stride[1]);
+                                      row * rotary.sin_stride[0] + n * rotary.sin_stride[1]);
       const int64_t c = n * step;
       const float x = load_as_float(from.data, dtype, from.at(c));
       const float y = load_as_float(from.data, dtype, from.at(c + partner));
