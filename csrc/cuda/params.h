@@ -101,10 +101,15 @@ struct BackwardParams {
 };
 
 struct CacheParams {
+  static constexpr int kWarps = 4;     // of a block; a row of a head each at a time
+  static constexpr int64_t kRun = 16;  // new rows of a sequence that a block puts into the cache, all heads
+
   Problem problem;
   CacheUpdate update;
   bool queries = false;  // turn queries; else put keys and values into the cache
   int64_t blocks = 1;
+
+  FAE_HD int64_t runs() const { return (problem.cache.added + kRun - 1) / kRun; }  // of a sequence
 };
 
 // Rows of one result from starts[batch] to `total`, behind the last of packed sequences.

@@ -129,6 +129,18 @@ TEST(CudaCache, SharedEntriesHoldWhatCameLast) {
   }
 }
 
+// Rows are compared with others only where a page is written by more than one sequence, and pages once each.
+TEST(CudaCache, LooksForSharedPagesOnce) {
+  CacheCase c(2, 12, 8, 40);
+  c.set_table({11, 10, 9, 8, 7, 6, 0, 1, 2, 3, 4, 5});
+  c.set_lengths({3, 8});
+  emu::reset_counters();
+  c.expect_appended(1);
+  EXPECT_EQ(emu::instructions().ballot, 0u);
+  // Of 3 runs a sequence, 16 rows each: the first begins in the middle of a page, the second at one.
+  EXPECT_LE(emu::instructions().block_barrier, 3u * 3 + 2 + 2 + 1);
+}
+
 // Tables of angles that end before a sequence does are read up to their last row.
 TEST(CudaCache, RotaryTablesAreNotLeft) {
   constexpr int64_t kPositions = 5, kPairs = 3, kAdded = 4;

@@ -60,15 +60,16 @@ void update_cache(const Problem& p, const CacheUpdate& update, Stream stream) {
   CacheParams params;
   params.problem = p;
   params.update = update;
-  const auto launch = [&](bool queries, int64_t rows) {
-    constexpr int64_t kRowsOfBlock = 4, kMostBlocks = 1 << 20;
-    if (rows <= 0) return;
+  const auto launch = [&](bool queries, int64_t blocks) {
+    constexpr int64_t kMostBlocks = 1 << 20;
+    if (blocks <= 0) return;
     params.queries = queries;
-    params.blocks = std::min((rows + kRowsOfBlock - 1) / kRowsOfBlock, kMostBlocks);
+    params.blocks = std::min(blocks, kMostBlocks);
     update_cache(params, stream);
   };
-  if (update.k.present()) launch(false, p.batch * p.cache.added * p.heads_kv);
-  if (update.turned.present()) launch(true, p.batch * p.seq_q * p.heads_q);
+  if (update.k.present() && p.heads_kv > 0) launch(false, p.batch * params.runs());
+  if (update.turned.present())
+    launch(true, (p.batch * p.seq_q * p.heads_q + CacheParams::kWarps - 1) / CacheParams::kWarps);
 }
 
 void forward(const ForwardCall& call, const Plan& plan, void* workspace, Stream stream) {
