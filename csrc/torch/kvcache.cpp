@@ -75,8 +75,9 @@ void attention_kvcache(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outp
   call.causal = checked.causal;
   if (const auto error = validate(call)) raise(*error);
   if (call.appends()) {
-    describe("k_cache", required[1], Access::kWrite);
-    describe("v_cache", required[2], Access::kWrite);
+    // One that shares its memory until it is written gets its own only now.
+    call.k_cache = describe("k_cache", required[1], Access::kWrite);
+    call.v_cache = describe("v_cache", required[2], Access::kWrite);
   }
 
   const Place place = place_of(required[0]);
