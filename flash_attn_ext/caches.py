@@ -43,22 +43,27 @@ class KVCache:
     ) -> None:
         sizes = {"batch": batch, "capacity": capacity, "heads_kv": heads_kv}
         self.k, self.v = _storage(sizes, dim, dim_v, dtype, device)
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._set_lengths(torch.zeros(batch, dtype=torch.int32, device=device), 0)
 
     def attend(
         self, q: Tensor, k: Tensor | None = None, v: Tensor | None = None, **options
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Appends k and v, then attends: `flash_attention_with_kvcache` with its options."""
+        longest, added = self._longest(), k.shape[1] if isinstance(k, Tensor) and k.dim() == 4 else 0
+        if longest is not None:
+            self._check_room(longest, added)
         result = flash_attention_with_kvcache(q, self.k, self.v, k, v, cache_lengths=self.lengths, **options)
         if k is not None:
-            self.lengths += k.shape[1]
+            self._set_lengths(self.lengths.add_(added), None if longest is None else longest + added)
         return result
 
     def append(self, k: Tensor, v: Tensor, **rotary) -> None:
         """Appends k (batch, seq_new, heads_kv, dim) and v; `rotary` as for `flash_attention_with_kvcache`.
 
         Raises:
-            ValueError: there is no room; nothing was written.
+            ValueError: there is no room; nothing was written. Of `lengths` on a device that somebody else has
+                written, or that a graph writes, nobody can tell without waiting for it: keys past the room
+                then take the place of the last ones.
         """
         _errors.check_tensor("k", k)
         none = k.new_empty(k.shape[0], 0, self.k.shape[2], self.k.shape[3])
@@ -76,7 +81,7 @@ class KVCache:
             raise ValueError(
                 f"lengths are {wanted.tolist()}, but must be between 0 and {self.lengths.tolist()}"
             )
-        self.lengths = wanted.clone()
+        self._set_lengths(wanted.clone(), int(wanted.max()) if len(wanted) else 0)
 
     def reorder(self, sources: Sequence[int] | Tensor) -> None:
         """Sequence i becomes a copy of what sequence sources[i] was, as beam search wants it.
@@ -97,13 +102,39 @@ class KVCache:
         filled = int(lengths.max()) if len(lengths) else 0
         for t in (self.k, self.v):
             t[:, :filled] = t[sources, :filled]
-        self.lengths = lengths
+        self._set_lengths(lengths, filled)
 
     def fork(self) -> KVCache:
         """A copy that goes its own way."""
         copy = object.__new__(KVCache)
-        copy.k, copy.v, copy.lengths = self.k.clone(), self.v.clone(), self.lengths.clone()
+        copy.k, copy.v = self.k.clone(), self.v.clone()
+        copy._set_lengths(self.lengths.clone(), self._longest())
         return copy
+
+    def _set_lengths(self, lengths: Tensor, longest: int | None) -> None:
+        """`longest`: the most that one is, None where the host does not know."""
+        self.lengths = lengths
+        known = longest is not None and len(lengths) > 0
+        self._known = (lengths, _version(lengths), longest) if known else None
+
+    def _longest(self) -> int | None:
+        """The most keys of a sequence, if nobody else has written `lengths` since that was known."""
+        if torch.compiler.is_compiling() or self._known is None:
+            return None
+        if self.k.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None  # Python runs once then, and the graph any number of times
+        lengths, version, longest = self._known
+        same = lengths is self.lengths and version is not None and version == _version(lengths)
+        return longest if same else None
+
+    def _check_room(self, longest: int, added: int) -> None:
+        """What the operator cannot see of lengths on a device."""
+        capacity = self.k.shape[1]
+        if longest + added > capacity:
+            raise ValueError(
+                f"cache_lengths is {longest} for a sequence and {added} to append, but k_cache has room for "
+                f"{capacity}: its shape is {tuple(self.k.shape)}"
+            )
 
 
 class PagedKVCache:
@@ -323,6 +354,11 @@ class _Reservation:
         self.tables = tables  # as they were
         self.taken = taken  # pages from the pool
         self.replaced = replaced  # shared pages of which a copy took the place
+
+
+def _version(t: Tensor) -> int | None:
+    """Another number after each write; None where torch does not count them."""
+    return None if torch.compiler.is_compiling() or t.is_inference() else t._version
 
 
 def _storage(
