@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import _errors
+from ._integers import as_integer, as_integers
 from ._pages import PageTables
 from .kvcache import flash_attention_with_kvcache
 
@@ -45,22 +45,27 @@ class KVCache:
     ) -> None:
         sizes = {"batch": batch, "capacity": capacity, "heads_kv": heads_kv}
         self.k, self.v = _storage(sizes, dim, dim_v, dtype, device)
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._set_lengths(torch.zeros(batch, dtype=torch.int32, device=device), 0)
 
     def attend(
         self, q: Tensor, k: Tensor | None = None, v: Tensor | None = None, **options
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Appends k and v, then attends: `flash_attention_with_kvcache` with its options."""
+        longest, added = self._longest(), k.shape[1] if isinstance(k, Tensor) and k.dim() == 4 else 0
+        if longest is not None:
+            self._check_room(longest, added)
         result = flash_attention_with_kvcache(q, self.k, self.v, k, v, cache_lengths=self.lengths, **options)
         if k is not None:
-            self.lengths += k.shape[1]
+            self._set_lengths(self.lengths.add_(added), None if longest is None else longest + added)
         return result
 
     def append(self, k: Tensor, v: Tensor, **rotary) -> None:
         """Appends k (batch, seq_new, heads_kv, dim) and v; `rotary` as for `flash_attention_with_kvcache`.
 
         Raises:
-            ValueError: there is no room; nothing was written.
+            ValueError: there is no room; nothing was written. Of `lengths` on a device that somebody else has
+                written, or that a graph writes, nobody can tell without waiting for it: keys past the room
+                then take the place of the last ones.
         """
         _errors.check_tensor("k", k)
         none = k.new_empty(k.shape[0], 0, self.k.shape[2], self.k.shape[3])
@@ -73,7 +78,7 @@ class KVCache:
             ValueError: a length is below 0 or above what there is, or there are not as many as sequences.
             TypeError: what is no integer.
         """
-        wanted = _integers("lengths", lengths, self.lengths.device)
+        wanted = as_integers("lengths", lengths, self.lengths.device)
         if wanted.dim() and wanted.shape != self.lengths.shape:
             raise ValueError(
                 f"lengths has shape {tuple(wanted.shape)}, but must be () or {tuple(self.lengths.shape)}"
@@ -84,6 +89,7 @@ class KVCache:
                 f"lengths are {wanted.tolist()}, but must be between 0 and {self.lengths.tolist()}"
             )
         self.lengths.copy_(wanted)
+        self._set_lengths(self.lengths, int(wanted.max()) if len(wanted) else 0)
 
     def reorder(self, sources: Sequence[int] | Tensor) -> None:
         """Sequence i becomes a copy of what sequence sources[i] was, as beam search wants it.
@@ -92,7 +98,7 @@ class KVCache:
             IndexError: there is no such sequence. ValueError: not one source for each. TypeError: what is no
             integer.
         """
-        sources = _integers("sources", sources, self.k.device)
+        sources = as_integers("sources", sources, self.k.device)
         if sources.shape != self.lengths.shape:
             raise ValueError(
                 f"sources has shape {tuple(sources.shape)}, but must be {tuple(self.lengths.shape)}"
@@ -106,12 +112,39 @@ class KVCache:
         for t in (self.k, self.v):
             t[:, :filled] = t[sources, :filled]
         self.lengths.copy_(lengths)
+        self._set_lengths(self.lengths, filled)
 
     def fork(self) -> KVCache:
         """A copy that goes its own way."""
         copy = object.__new__(KVCache)
-        copy.k, copy.v, copy.lengths = self.k.clone(), self.v.clone(), self.lengths.clone()
+        copy.k, copy.v = self.k.clone(), self.v.clone()
+        copy._set_lengths(self.lengths.clone(), self._longest())
         return copy
+
+    def _set_lengths(self, lengths: Tensor, longest: int | None) -> None:
+        """`longest`: the most that one is, None where the host does not know."""
+        self.lengths = lengths
+        known = longest is not None and len(lengths) > 0
+        self._known = (lengths, _version(lengths), longest) if known else None
+
+    def _longest(self) -> int | None:
+        """The most keys of a sequence, if nobody else has written `lengths` since that was known."""
+        if torch.compiler.is_compiling() or self._known is None:
+            return None
+        if self.k.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None  # Python runs once then, and the graph any number of times
+        lengths, version, longest = self._known
+        same = lengths is self.lengths and version is not None and version == _version(lengths)
+        return longest if same else None
+
+    def _check_room(self, longest: int, added: int) -> None:
+        """What the operator cannot see of lengths on a device."""
+        capacity = self.k.shape[1]
+        if longest + added > capacity:
+            raise ValueError(
+                f"cache_lengths is {longest} for a sequence and {added} to append, but k_cache has room for "
+                f"{capacity}: its shape is {tuple(self.k.shape)}"
+            )
 
 
 class PagedKVCache:
@@ -198,7 +231,7 @@ class PagedKVCache:
             ValueError: it is below 0 or above what there is. TypeError: it is no integer.
         """
         known = self.length(sequence)
-        length = _integer("length", length)  # a tensor's value, which it may change later
+        length = as_integer("length", length)  # a tensor's value, which it may change later
         if not 0 <= length <= known:
             raise ValueError(f"length is {length}, but must be between 0 and {known}")
         kept = -(-length // self.k.shape[1])
@@ -336,31 +369,9 @@ class _Reservation:
         self.replaced = replaced  # shared pages of which a copy took the place
 
 
-def _integer(name: str, value: object) -> int:
-    """One that NumPy or torch may have made."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        given = f"a Tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} must be an int, got {given}") from None
-
-
-def _integers(name: str, values: object, device: torch.device) -> Tensor:
-    """One or several as int64, of the shape that they have."""
-    if isinstance(values, Tensor):
-        if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
-            raise TypeError(f"{name} must hold ints, got a Tensor of {values.dtype}")
-        return values.to(device, torch.int64)
-    if isinstance(values, Iterable) and not isinstance(values, str):
-        values = [_integer(f"{name}[{n}]", value) for n, value in enumerate(values)]
-    else:
-        values = _integer(name, values)
-    try:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-    except (OverflowError, RuntimeError, ValueError):
-        raise ValueError(f"{name} must fit int64, got {values}") from None
+def _version(t: Tensor) -> int | None:
+    """Another number after each write; None where torch does not count them."""
+    return None if torch.compiler.is_compiling() or t.is_inference() else t._version
 
 
 def _storage(

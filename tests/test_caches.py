@@ -209,6 +209,35 @@ def test_beams_share_pages():
     assert cache.free_pages == 3 and cache.block_table(beams)[:, 0].unique().numel() == 1
 
 
+@pytest.fixture
+def blind():
+    """A cache of 2 sequences on a device whose lengths an operator cannot see, 9 of 12 keys full."""
+    cache = fae.KVCache(2, CAPACITY, HEADS, DIM, DIM_V, device="meta")
+    cache.append(*(t.to("meta") for t in fresh(2, 9)))
+    return cache
+
+
+def test_room_is_known_where_lengths_are_not(blind):
+    k, v = (t.to("meta") for t in fresh(2, 4))
+    for cache in (blind, blind.fork()):
+        with pytest.raises(ValueError, match="cache_lengths is 9 for a sequence and 4 to append"):
+            cache.append(k, v)
+        cache.append(k[:, :3], v[:, :3])
+        with pytest.raises(ValueError, match="cache_lengths is 12"):
+            cache.attend(torch.empty(2, 1, HEADS, DIM, device="meta"), k[:, :1], v[:, :1])
+
+
+def test_lengths_that_somebody_else_writes_are_not_known(blind):
+    more = [t.to("meta") for t in fresh(2, 4)]
+    forgetful, other = blind.fork(), blind.fork()
+    blind.lengths.zero_()
+    other.lengths = torch.zeros_like(other.lengths)
+    with torch.inference_mode():
+        forgetful.lengths = forgetful.lengths.clone()
+    for cache in (blind, other, forgetful):
+        cache.append(*more)
+
+
 @pytest.mark.parametrize(
     ("call", "kind", "text"),
     [

@@ -53,6 +53,20 @@ def test_inference_mode(backend):
 
 
 @pytest.mark.parametrize("which", [0, 1])
+def test_a_lazy_clone_is_written_and_not_its_original(which, backend):
+    originals, caches = cache()[:2], cache()[:2]
+    q = torch.randn(1, 1, 2, 4)
+    for n, x in enumerate(originals):
+        caches[n] = torch._lazy_clone(x) if n == which else x.clone()
+    before = [x.clone() for x in originals]
+    plain = [x.clone() for x in originals]
+    got = fae.flash_attention_with_kvcache(q, *caches, q, q, cache_lengths=5)
+    want = fae.flash_attention_with_kvcache(q, *plain, q, q, cache_lengths=5)
+    assert all(map(torch.equal, originals, before))
+    assert torch.equal(got, want) and all(map(torch.equal, caches, plain))
+
+
+@pytest.mark.parametrize("which", [0, 1])
 def test_a_cache_that_requires_grad_is_written_without_grad_only(which, backend):
     k_cache, v_cache, k, v = cache()
     caches = [k_cache, v_cache]

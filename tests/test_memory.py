@@ -7,9 +7,13 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import EXTENDED_TARGETS
+
+import flash_attn_ext as fae
 
 MEASURE = textwrap.dedent(
     """
@@ -147,3 +151,25 @@ def test_backward_at_16384():
 def test_other_dtypes_and_options(dtype, option):
     assert extra_bytes(16384, heads=4, option=option, dtype=dtype) <= 64 * MIB
     assert extra_bytes(8192, heads=4, option=option, dtype=dtype, backward=True) <= 128 * MIB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory can be limited on Linux alone")
+def test_a_cache_is_not_written_without_memory_for_the_rest():
+    """Of 2^14 sequences that share one page, 2^10 ranges of keys each: their partial results are gigabytes."""
+    resource = pytest.importorskip("resource")
+    batch, keys = 1 << 14, 1 << 18
+    caches = [torch.zeros(1, keys, 1, 1) for _ in range(2)]
+    q, k = torch.randn(batch, 1, 12, 1), torch.ones(batch, 1, 1, 1)
+    call = {
+        "cache_lengths": torch.full((batch,), keys - 1),
+        "block_table": torch.zeros(batch, 1, dtype=torch.int32),
+    }
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + (1 << 30), limits[1]))
+    try:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            fae.flash_attention_with_kvcache(q, *caches, k, k, num_splits=1 << 10, **call)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert not caches[0].any() and not caches[1].any()

@@ -12,10 +12,12 @@ struct Rotary {
   const void* sin = nullptr;
   DType cos_dtype = DType::kFloat32, sin_dtype = DType::kFloat32;
   int64_t cos_stride[2] = {0, 0}, sin_stride[2] = {0, 0};
-  int64_t pairs = 0;
+  int64_t positions = 0, pairs = 0;
   bool interleaved = false;  // pairs are (0, 1), (2, 3), ...; else (0, pairs), (1, pairs + 1), ...
 
   FAE_HD bool present() const { return cos != nullptr; }
+  // Of the tables, within them whatever position lengths lead to.
+  FAE_HD int64_t row(int64_t position) const { return position < positions ? position : positions - 1; }
 };
 
 struct CacheUpdate {
@@ -30,7 +32,6 @@ struct CacheUpdate {
 struct CachedCall {
   ForwardCall forward;
   CacheUpdate update;
-  int64_t rotary_positions = 0;
 };
 
 }  // namespace fae

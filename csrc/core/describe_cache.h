@@ -32,6 +32,7 @@ struct CacheCallDesc {
   int64_t batch() const { return cu_seqlens_q.present ? cu_seqlens_q.shape[0] - 1 : q.shape[0]; }
   int64_t added() const { return k.present ? k.shape[1] : 0; }
   int64_t capacity() const {
+    if (k_cache.shape[0] == 0) return 0;  // whatever a table or an index says
     return block_table.present ? block_table.shape[1] * k_cache.shape[1] : k_cache.shape[1];
   }
 };

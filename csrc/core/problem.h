@@ -22,6 +22,28 @@ struct Packing {
   FAE_HD bool present() const { return starts_q.present(); }
 };
 
+// Packed sequences in one tensor of `total` rows, each taken to be no longer than `most`.
+struct SequenceRows {
+  struct Range { int64_t begin, end; };
+  Integers starts;
+  int64_t total = 0, most = 0;
+
+  // Of sequence b; within the tensor whatever starts say.
+  FAE_HD Range of(int64_t b) const {
+    const int64_t begin = within(starts.at(b)), end = within(starts.at(b + 1));
+    return {begin, end < begin ? begin : end - begin > most ? begin + most : end};
+  }
+  // Part n of batch + 2 of the rows that no sequence has: before the first, behind each, behind the last.
+  // Whatever starts say, these and the sequences cover the tensor.
+  FAE_HD Range unowned(int64_t n, int64_t batch) const {
+    const int64_t begin = n == 0 ? 0 : n <= batch ? of(n - 1).end : within(starts.at(batch));
+    return {begin, n <= batch ? within(starts.at(n)) : total};
+  }
+
+ private:
+  FAE_HD int64_t within(int64_t row) const { return row < 0 ? 0 : row > total ? total : row; }
+};
+
 // What of a problem depends on the batch.
 struct Sequence {
   int64_t first_query = 0, first_key = 0;  // rows of q, and of k and v, that come before its own
@@ -69,6 +91,10 @@ struct Problem {
   // Whether sequences have lengths of their own.
   FAE_HD bool ragged() const { return packing.present() || cache.present(); }
 
+  // Of packed sequences.
+  FAE_HD SequenceRows query_rows() const { return {packing.starts_q, packing.total_q, seq_q}; }
+  FAE_HD SequenceRows key_rows() const { return {packing.starts_kv, packing.total_kv, seq_kv}; }
+
   // Whatever starts and lengths say, it lies within q and k.
   FAE_HD Sequence sequence(int64_t b) const {
     Sequence s;
@@ -76,12 +102,8 @@ struct Problem {
     s.seq_q = seq_q;
     s.seq_kv = seq_kv;
     s.band = masking.band;
-    if (packing.starts_q.present()) {
-      place(packing.starts_q, b, packing.total_q, seq_q, &s.first_query, &s.seq_q);
-    }
-    if (packing.starts_kv.present()) {
-      place(packing.starts_kv, b, packing.total_kv, seq_kv, &s.first_key, &s.seq_kv);
-    }
+    if (packing.starts_q.present()) place(query_rows(), b, &s.first_query, &s.seq_q);
+    if (packing.starts_kv.present()) place(key_rows(), b, &s.first_key, &s.seq_kv);
     if (cache.present()) {
       s.first_key = cache.first(b);
       s.seq_kv = cache.end(b) > s.first_key ? cache.end(b) - s.first_key : 0;
@@ -101,13 +123,10 @@ struct Problem {
   }
 
  private:
-  FAE_HD static void place(const Integers& starts, int64_t b, int64_t total, int64_t most, int64_t* first,
-                           int64_t* length) {
-    const int64_t begin = starts.at(b), end = starts.at(b + 1);
-    *first = begin < 0 ? 0 : begin > total ? total : begin;
-    *length = (end > total ? total : end) - *first;
-    if (*length < 0) *length = 0;
-    if (*length > most) *length = most;
+  FAE_HD static void place(const SequenceRows& rows, int64_t b, int64_t* first, int64_t* length) {
+    const SequenceRows::Range range = rows.of(b);
+    *first = range.begin;
+    *length = range.end - range.begin;
   }
 };
 

@@ -1,4 +1,5 @@
 // What can be wrong with a call on a cache of keys and values; nothing is written before all is checked.
+#include <algorithm>
 #include <cstring>
 
 #include "core/checks.h"
@@ -202,37 +203,70 @@ std::optional<CallError> check_pages(const CacheCallDesc& call, int64_t b, int64
   return std::nullopt;
 }
 
-std::optional<CallError> check_values(const CacheCallDesc& call) {
-  if (!call.cache_lengths.present && call.cache_length < 0) {
-    return value_error("cache_lengths is " + text(call.cache_length) + ", but must be at least 0");
-  }
-  if (std::strcmp(call.q.device, "cpu") != 0) return std::nullopt;
+// Whether lengths, tables and the like have values that can be read here.
+bool are_readable(const CacheCallDesc& call) {
+  if (std::strcmp(call.q.device, "cpu") != 0) return false;
   for (const TensorDesc* t : {&call.cache_lengths, &call.cache_leftpad, &call.cache_batch_idx,
                               &call.block_table, &call.cu_seqlens_q}) {
     int64_t count = t->present ? 1 : 0;
     for (int axis = 0; axis < t->rank; ++axis) count *= t->shape[axis];
-    if (count && !t->data) return std::nullopt;  // a description without values
+    if (count && !t->data) return false;  // a description without values
   }
+  return true;
+}
+
+// "7", or what is known of a length that cannot be read.
+std::string length_text(const CacheCallDesc& call, int64_t length) {
+  return (call.cache_lengths.present && !are_readable(call) ? "at least " : "") + text(length);
+}
+
+// Whether sequence b, of that length, has room for those that are appended.
+std::optional<CallError> check_room(const CacheCallDesc& call, int64_t b, int64_t length) {
+  const int64_t capacity = call.capacity(), added = call.added();
+  if (length <= capacity && added <= capacity - length) return std::nullopt;
+  const std::string more = added ? " and " + text(added) + " to append" : "";
+  if (call.block_table.present) {
+    return CallError{Kind::kRuntime, "block_table has shape " + shape_text(call.block_table) +
+                                         " with pages of " + text(call.k_cache.shape[1]) +
+                                         " keys: room for " + text(capacity) + ", but sequence " + text(b) +
+                                         " has " + length_text(call, length) + more};
+  }
+  return value_error("cache_lengths is " + length_text(call, length) + " for sequence " + text(b) + more +
+                     ", but k_cache has room for " + text(capacity) + ": its shape is " +
+                     shape_text(call.k_cache));
+}
+
+// Whether the tables of angles reach as far as its keys and queries.
+std::optional<CallError> check_positions(const CacheCallDesc& call, int64_t b, int64_t length) {
+  if (!call.rotates()) return std::nullopt;
+  const int64_t queries = call.queries_move() ? call.q.shape[1] : 1;
+  const int64_t end = length + std::max(call.added(), queries);
+  if (end <= call.rotary_cos.shape[0]) return std::nullopt;
+  return value_error(quoted({"rotary_cos", &call.rotary_cos}) + ", but sequence " + text(b) +
+                     " has positions up to " + length_text(call, end - 1));
+}
+
+// Of lengths that cannot be read here, only that they are not negative is sure.
+std::optional<CallError> check_least_length(const CacheCallDesc& call) {
+  const int64_t least = call.cache_lengths.present ? 0 : call.cache_length;
+  if (call.batch() == 0) return std::nullopt;
+  if (auto e = check_room(call, 0, least)) return e;
+  return check_positions(call, 0, least);
+}
+
+std::optional<CallError> check_values(const CacheCallDesc& call) {
+  if (!call.cache_lengths.present && call.cache_length < 0) {
+    return value_error("cache_lengths is " + text(call.cache_length) + ", but must be at least 0");
+  }
+  if (!are_readable(call)) return check_least_length(call);
   const Integers lengths = integers_of(call.cache_lengths), pads = integers_of(call.cache_leftpad);
   const Integers entries = integers_of(call.cache_batch_idx);
-  const int64_t capacity = call.capacity(), added = call.added();
   for (int64_t b = 0; b < call.batch(); ++b) {
     const int64_t length = lengths.present() ? lengths.at(b) : call.cache_length;
     if (length < 0)
       return value_error("cache_lengths is " + text(length) + " for sequence " + text(b) +
                          ", but must be at least 0");
-    if (length > capacity || added > capacity - length) {
-      const std::string more = added ? " and " + text(added) + " to append" : "";
-      if (call.block_table.present) {
-        return CallError{Kind::kRuntime, "block_table has shape " + shape_text(call.block_table) +
-                                             " with pages of " + text(call.k_cache.shape[1]) +
-                                             " keys: room for " + text(capacity) + ", but sequence " +
-                                             text(b) + " has " + text(length) + more};
-      }
-      return value_error("cache_lengths is " + text(length) + " for sequence " + text(b) + more +
-                         ", but k_cache has room for " + text(capacity) + ": its shape is " +
-                         shape_text(call.k_cache));
-    }
+    if (auto e = check_room(call, b, length)) return e;
     const int64_t pad = pads.present() ? pads.at(b) : 0;
     if (auto e = check_entry({"cache_leftpad", nullptr}, b, pad, length, "the sequence's cache_lengths"))
       return e;
@@ -242,16 +276,9 @@ std::optional<CallError> check_values(const CacheCallDesc& call) {
         return e;
     }
     if (call.block_table.present) {
-      if (auto e = check_pages(call, b, pad, length + added)) return e;
+      if (auto e = check_pages(call, b, pad, length + call.added())) return e;
     }
-    if (call.rotates()) {
-      const int64_t queries = call.queries_move() ? call.q.shape[1] : 1,
-                    most = added > queries ? added : queries;
-      if (length + most > call.rotary_cos.shape[0]) {
-        return value_error(quoted({"rotary_cos", &call.rotary_cos}) + ", but sequence " + text(b) +
-                           " has positions up to " + text(length + most - 1));
-      }
-    }
+    if (auto e = check_positions(call, b, length)) return e;
   }
   return check_starts({"cu_seqlens_q", &call.cu_seqlens_q}, {"q", &call.q}, call.max_seqlen_q,
                       "max_seqlen_q");

@@ -8,6 +8,7 @@
 
 #include "core/problem.h"
 #include "cpu/parallel.h"
+#include "cpu/workspace.h"
 
 namespace fae::cpu {
 
@@ -58,8 +59,18 @@ struct Advice {
 Plan plan_forward(const Problem& problem, Isa isa, int threads, const Advice& advice = {});
 Plan plan_backward(const Problem& problem, Isa isa, int threads, const Advice& advice = {});
 
+// What a planned call works in.
+struct PlanMemory {
+  explicit PlanMemory(const Plan& plan)
+      : workers(plan.worker_bytes * size_t(plan.threads)), shared(plan.shared_bytes) {}
+  Workspace workers, shared;
+};
+
 // Throw std::bad_alloc when the workspace cannot be had; nothing is written then.
 void forward(const ForwardCall& call, const Plan& plan, const Executor& executor);
 void backward(const BackwardCall& call, const Plan& plan, const Executor& executor);
+
+// For callers who write something before that, and must have all memory first. Allocates nothing.
+void forward(const ForwardCall& call, const Plan& plan, const PlanMemory& memory, const Executor& executor);
 
 }  // namespace fae::cpu

@@ -1,5 +1,7 @@
 #include "cpu/append.h"
 
+#include <algorithm>
+
 namespace fae::cpu {
 namespace {
 
@@ -51,13 +53,23 @@ Row row_of(const View4& x, int64_t b, int64_t head, int64_t row) {
   return {x.data, x.offset(b, head, row), x.stride[3]};
 }
 
+// Below this much per thread, waking another thread costs more than it saves.
+constexpr int64_t kBytesPerThread = 64 << 10;
+
+Executor limited(const Executor& executor, int64_t bytes) {
+  Executor result = executor;
+  result.threads = int(std::clamp<int64_t>(bytes / kBytesPerThread, 1, std::max(executor.threads, 1)));
+  return result;
+}
+
 }  // namespace
 
 void append(const Problem& p, const View4& k, const View4& v, const Rotary& rotary,
             const Executor& executor) {
   const KeyCache& cache = p.cache;
+  const int64_t bytes = p.batch * cache.added * p.heads_kv * (p.dim + p.dim_v) * size_of(p.dtype);
   // By heads: sequences that share a place come one after the other.
-  for_each_task(executor, p.heads_kv, [&](int, int64_t head) {
+  for_each_task(limited(executor, bytes), p.heads_kv, [&](int, int64_t head) {
     for (int64_t b = 0; b < p.batch; ++b) {
       const Sequence sequence = p.sequence(b);
       const int64_t filled = cache.filled(b) - sequence.first_key;
@@ -77,7 +89,8 @@ void append(const Problem& p, const View4& k, const View4& v, const Rotary& rota
 
 void rotate_queries(const Problem& p, const View4& out, const Rotary& rotary, bool moving,
                     const Executor& executor) {
-  for_each_task(executor, p.batch * p.heads_q, [&](int, int64_t task) {
+  const int64_t bytes = p.batch * p.seq_q * p.heads_q * p.dim * size_of(p.dtype);
+  for_each_task(limited(executor, bytes), p.batch * p.heads_q, [&](int, int64_t task) {
     const int64_t b = task / p.heads_q, head = task % p.heads_q;
     const int64_t first = p.cache.filled(b);
     with_storage(p.dtype, [&](auto storage) {

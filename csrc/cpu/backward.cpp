@@ -5,7 +5,6 @@
 #include <thread>
 
 #include "cpu/dispatch.h"
-#include "cpu/workspace.h"
 
 namespace fae::cpu {
 namespace {
@@ -26,18 +25,16 @@ void run_heads(const BackwardCall& call, const Plan& plan, const BackwardKernel&
 // keys keep most chunks busy), chunk by chunk, head by head. A chunk adds
 // to its dQ rows block after block, and a block's dK and dV are summed chunk after chunk;
 // a task that comes too early for that waits for one that was drawn before it, so the
-// order of every sum is fixed and nothing can wait for ever.
+// order of every sum is fixed and nothing can wait for ever. finished: the blocks that each task's unit and
+// chunk have behind them, 0 at first.
 void run_chunks(const BackwardCall& call, const Plan& plan, const BackwardKernel& kernel,
-                std::byte* workspace, std::byte* shared, const Executor& executor) {
+                const PlanMemory& memory, std::atomic<int64_t>* finished, const Executor& executor) {
   const Problem& p = call.problem;
   const int64_t units = plan.tasks / plan.chunks, last = plan.chunks - 1;
   const int64_t blocks = (p.seq_kv + plan.block_kv - 1) / plan.block_kv;
   const size_t dq_bytes = kernel.dq_bytes(p), dkv_bytes = kernel.dkv_bytes(p, plan);
   // Two sets of sums, so that a block can begin while the one before waits for its last chunk.
-  std::byte* const sums = shared + size_t(units) * dq_bytes;
-  // Blocks that (unit, chunk) has finished.
-  const std::unique_ptr<std::atomic<int64_t>[]> finished(new std::atomic<int64_t>[size_t(plan.tasks)]);
-  for (int64_t i = 0; i < plan.tasks; ++i) finished[size_t(i)].store(0, std::memory_order_relaxed);
+  std::byte *const shared = memory.shared.data(), *const sums = shared + size_t(units) * dq_bytes;
   const auto wait = [&](int64_t unit, int64_t chunk, int64_t count) {
     while (finished[size_t(unit * plan.chunks + chunk)].load(std::memory_order_acquire) < count) {
       std::this_thread::yield();
@@ -46,7 +43,7 @@ void run_chunks(const BackwardCall& call, const Plan& plan, const BackwardKernel
   for_each_task(executor, plan.tasks * blocks, [&](int worker, int64_t task) {
     const int64_t unit = task % units, chunk = task / units % plan.chunks, step = task / plan.tasks;
     const int64_t k = (blocks - 1 - step) * plan.block_kv;
-    std::byte* const own = workspace + size_t(worker) * plan.worker_bytes;
+    std::byte* const own = memory.workers.data() + size_t(worker) * plan.worker_bytes;
     wait(unit, chunk, step);
     const bool any = kernel.run_chunk(call, plan, unit, chunk, k, shared + size_t(unit) * dq_bytes, own);
     if (chunk == 0) wait(unit, last, step - 1);
@@ -54,6 +51,14 @@ void run_chunks(const BackwardCall& call, const Plan& plan, const BackwardKernel
     kernel.merge_keys(call, plan, unit, chunk, k, any, sums + size_t(2 * unit + step % 2) * dkv_bytes, own);
     finished[size_t(unit * plan.chunks + chunk)].store(step + 1, std::memory_order_release);
   });
+}
+
+// For run_chunks.
+std::unique_ptr<std::atomic<int64_t>[]> finished_blocks(const Plan& plan) {
+  if (plan.chunks == 1) return nullptr;
+  std::unique_ptr<std::atomic<int64_t>[]> finished(new std::atomic<int64_t>[size_t(plan.tasks)]);
+  for (int64_t i = 0; i < plan.tasks; ++i) finished[size_t(i)].store(0, std::memory_order_relaxed);
+  return finished;
 }
 
 double row_term(const RowValues<void>& rows, DType dtype, int64_t index) {
@@ -116,12 +121,12 @@ void backward(const BackwardCall& given, const Plan& plan, const Executor& execu
   const DTypeKernels& kernels = kernels_for(plan.isa, given.problem.dtype);
   Executor limited = executor;
   limited.threads = plan.threads;
-  const Workspace workspace(plan.worker_bytes * size_t(plan.threads));
-  const auto own = [&](int worker) { return workspace.data() + size_t(worker) * plan.worker_bytes; };
-
-  if (given.problem.packing.present()) clear_gradients_behind(given);
   BackwardCall call = given;
   const Problem& p = call.problem;
+  // All memory before anything is written.
+  const PlanMemory memory(plan);
+  const auto own = [&](int worker) { return memory.workers.data() + size_t(worker) * plan.worker_bytes; };
+  const auto finished = finished_blocks(plan);
   const DType arithmetic = p.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   const RowMemory dalibi_rows(call.dalibi.present(), call, arithmetic);
   const RowMemory dsink_rows(call.dsinks.present(), call, arithmetic);
@@ -129,6 +134,7 @@ void backward(const BackwardCall& given, const Plan& plan, const Executor& execu
   call.dsink_rows = dsink_rows.values();
   const bool far_rows = plan.tasks > 0 && p.seq_kv > 0 && kernels.log_sum.needed(call);
   const RowMemory lse_low(far_rows, call, lse_dtype(p.dtype));
+  if (p.packing.present()) clear_gradients_behind(call);
   if (far_rows) {
     BackwardCall before = call;
     before.lse_low = lse_low.values();
@@ -139,9 +145,8 @@ void backward(const BackwardCall& given, const Plan& plan, const Executor& execu
     call.lse_low = before.lse_low;
   }
   if (plan.tasks > 0) {
-    const Workspace shared(plan.shared_bytes);
-    if (plan.chunks == 1) run_heads(call, plan, kernels.backward, workspace.data(), limited);
-    else run_chunks(call, plan, kernels.backward, workspace.data(), shared.data(), limited);
+    if (plan.chunks == 1) run_heads(call, plan, kernels.backward, memory.workers.data(), limited);
+    else run_chunks(call, plan, kernels.backward, memory, finished.get(), limited);
   }
   if (call.dbias.present()) {
     for_each_task(limited, kernels.bias_grad.tasks(call, plan),

@@ -101,24 +101,29 @@ struct BackwardParams {
 };
 
 struct CacheParams {
+  static constexpr int kWarps = 4;     // of a block; a row of a head each at a time
+  static constexpr int64_t kRun = 16;  // new rows of a sequence that a block puts into the cache, all heads
+
   Problem problem;
   CacheUpdate update;
   bool queries = false;  // turn queries; else put keys and values into the cache
   int64_t blocks = 1;
+
+  FAE_HD int64_t runs() const { return (problem.cache.added + kRun - 1) / kRun; }  // of a sequence
 };
 
-// Rows of one result from starts[batch] to `total`, behind the last of packed sequences.
-struct Tail {
+// A result with rows that no packed sequence has.
+struct Unowned {
   View4 view;  // of one batch; LSEs are a column
-  int64_t heads = 0, columns = 0, total = 0;
+  int64_t heads = 0, columns = 0;
   int element_bytes = 0;
   bool to_minus_infinity = false;  // floats or doubles; else to 0
-  Integers starts;
+  SequenceRows rows;
 };
 
-struct ClearTailParams {
+struct ClearUnownedParams {
   static constexpr int kMost = 3;
-  Tail tails[kMost];
+  Unowned results[kMost];
   int count = 0;
   int64_t batch = 0;
   int64_t blocks = 1;

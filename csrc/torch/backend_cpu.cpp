@@ -27,12 +27,13 @@ void run_kvcache(const CachedCall& call, Place, const RunOptions& options) {
   Problem& p = forward.problem;
   const CacheUpdate& update = call.update;
   const cpu::Plan plan = cpu::plan_forward(p, cpu::active_isa(), executor.threads, advice);
+  const cpu::PlanMemory memory(plan);
   if (update.k.present()) cpu::append(p, update.k, update.v, update.rotary, executor);
   if (update.turned.present()) {
     cpu::rotate_queries(p, update.turned, update.rotary, update.queries_move, executor);
     p.q = update.turned;
   }
-  if (p.has_rows()) cpu::forward(forward, plan, executor);
+  if (p.has_rows()) cpu::forward(forward, plan, memory, executor);
 }
 
 }  // namespace fae::torch_ops

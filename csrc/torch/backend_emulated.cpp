@@ -68,7 +68,7 @@ class EmulatedMachine {
       read("v", update.v, {p.batch, p.heads_kv, cache.added, p.dim_v}, p.dtype);
     }
     if (const Rotary& rotary = update.rotary; rotary.present()) {
-      const Shape table = {1, 1, call.rotary_positions, rotary.pairs};
+      const Shape table = {1, 1, rotary.positions, rotary.pairs};
       read("rotary_cos", table_of(rotary.cos, rotary.cos_stride), table, rotary.cos_dtype);
       read("rotary_sin", table_of(rotary.sin, rotary.sin_stride), table, rotary.sin_dtype);
       write("rotated q", update.turned, {packed, p.heads_q, rows(p), p.dim}, p.dtype);

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "failing_new.h"
 #include "kernel_test.h"
 
 namespace fae::testing {
@@ -174,6 +175,28 @@ TEST_P(Backward, LeavesInputsAlone) {
     EXPECT_TRUE(identical(c.q.values(), q) && identical(c.k.values(), k) && identical(c.v.values(), v) &&
                 identical(c.dout.values(), dout) && identical(c.out.values(), out));
   }
+}
+
+// Gradients behind packed sequences included, whichever memory it is that cannot be had.
+TEST_P(Backward, WritesNothingWithoutMemory) {
+  Case c(case_named("packed_everything"));
+  run_forward(c, GetParam());
+  const cpu::Plan good = cpu::plan_backward(c.problem, GetParam(), 1);
+  cpu::Plan workers = good, shared = good;
+  workers.worker_bytes = shared.shared_bytes = kTooManyBytes;
+  BackwardCall rows = c.backward_call();
+  ASSERT_TRUE(rows.dalibi.present());
+  rows.lse_count = int64_t(kTooManyBytes / 8);
+  const auto expect_nothing = [&](const BackwardCall& call, const cpu::Plan& plan) {
+    for (HostTensor* t : {&c.dq, &c.dk, &c.dv}) t->fill(std::nan(""));
+    EXPECT_THROW(cpu::backward(call, plan, cpu::Executor{}), std::bad_alloc);
+    for (HostTensor* t : {&c.dq, &c.dk, &c.dv}) {
+      for (double x : t->values()) ASSERT_TRUE(std::isnan(x));
+    }
+  };
+  expect_nothing(c.backward_call(), workers);
+  expect_nothing(c.backward_call(), shared);
+  expect_nothing(rows, good);
 }
 
 }  // namespace

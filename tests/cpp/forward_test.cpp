@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "cpu/std_executor.h"
+#include "failing_new.h"
 #include "kernel_test.h"
 
 namespace fae::testing {
@@ -138,6 +139,38 @@ TEST_P(Forward, LeavesInputsAlone) {
     run_forward(c, GetParam(), 2);
     EXPECT_TRUE(identical(c.q.values(), q) && identical(c.k.values(), k) && identical(c.v.values(), v) &&
                 identical(c.bias.values(), bias));
+  }
+}
+
+// Rows behind packed sequences included.
+TEST_P(Forward, WritesNothingWithoutMemory) {
+  Case c(case_named("packed_causal"));
+  cpu::Plan plan = cpu::plan_forward(c.problem, GetParam(), 1);
+  plan.worker_bytes = kTooManyBytes;
+  c.clear_results();
+  EXPECT_THROW(cpu::forward(c.forward_call(), plan, cpu::Executor{}), std::bad_alloc);
+  for (double x : c.out.values()) ASSERT_TRUE(std::isnan(x));
+  for (double x : c.lse_values()) ASSERT_TRUE(std::isnan(x));
+}
+
+// Whole, and in ranges of keys.
+TEST_P(Forward, AllocatesNothingInMemoryThatItIsGiven) {
+  for (const CaseSpec& spec :
+       {case_named("group_3"), case_named("packed_causal"), shape("ranges", 2, 4, 1, 1, 700, 32, 24)}) {
+    for (int64_t splits : {0, 2}) {
+      SCOPED_TRACE(spec.name + " " + std::to_string(splits));
+      Case c(spec);
+      const ForwardResult wanted = exact_forward(c);
+      const cpu::Plan plan = cpu::plan_forward(c.problem, GetParam(), 1, {0, 0, splits, false});
+      if (spec.name == "ranges" && splits) EXPECT_EQ(plan.splits, 2);
+      const cpu::PlanMemory memory(plan);
+      c.clear_results();
+      {
+        const FailingNew none_left;
+        cpu::forward(c.forward_call(), plan, memory, cpu::Executor{});
+      }
+      EXPECT_EQ(mismatch(c.out.values(), wanted.out, forward_tolerance(c.spec.dtype)), "");
+    }
   }
 }
 

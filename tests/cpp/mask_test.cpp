@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <vector>
+
 #include "core/problem.h"
 
 namespace fae {
@@ -164,6 +166,20 @@ TEST(Sequence, LiesWithinTheTensorsWhateverIsRead) {
     const Sequence s = packed.sequence(b);
     EXPECT_TRUE(s.first_query >= 0 && s.seq_q >= 0 && s.first_query + s.seq_q <= 9);
     EXPECT_TRUE(s.first_key >= 0 && s.seq_kv >= 0 && s.first_key + s.seq_kv <= 8);
+  }
+
+  // Sequences, and the rows between them, cover every row.
+  for (int64_t most : {0, 1, 5}) {
+    const int64_t starts[] = {2, 7, 900, 3, -1, 4};
+    const SequenceRows rows{{starts, 1, true}, 9, most};
+    std::vector<bool> covered(9);
+    const auto cover = [&](const SequenceRows::Range& range) {
+      EXPECT_TRUE(range.begin >= 0 && range.end <= 9);
+      for (int64_t row = range.begin; row < range.end; ++row) covered[size_t(row)] = true;
+    };
+    for (int64_t b = 0; b < 5; ++b) cover(rows.of(b));
+    for (int64_t n = 0; n < 5 + 2; ++n) cover(rows.unowned(n, 5));
+    for (size_t row = 0; row < 9; ++row) EXPECT_TRUE(covered[row]) << row;
   }
 
   Problem cached;

@@ -3,7 +3,7 @@
 
 #include "cuda/cache/update.h"
 #include "cuda/launch/launch.h"
-#include "cuda/packing/clear_tail.h"
+#include "cuda/packing/clear_unowned.h"
 #include "cuda/prim/global.h"
 
 namespace fae::cuda {
@@ -30,8 +30,8 @@ void zero_memory(void* data, size_t bytes, Stream) {
 
 #endif
 
-void clear_tails(const ClearTailParams& params, Stream stream) {
-  launch_kernel<ClearTail>("clear_tail", &params, params.blocks, stream);
+void clear_unowned(const ClearUnownedParams& params, Stream stream) {
+  launch_kernel<ClearUnowned>("clear_unowned", &params, params.blocks, stream);
 }
 
 void update_cache(const CacheParams& params, Stream stream) {

@@ -11,7 +11,7 @@ namespace fae::cuda {
 void zero_memory(void* data, size_t bytes, Stream stream);
 
 // Sets results of rows that belong to no sequence.
-void clear_tails(const ClearTailParams& params, Stream stream);
+void clear_unowned(const ClearUnownedParams& params, Stream stream);
 
 // Puts new keys into a cache, or turns queries.
 void update_cache(const CacheParams& params, Stream stream);

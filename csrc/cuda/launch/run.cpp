@@ -28,22 +28,13 @@ void run(const Launch& launch, const void* params, Stream stream) {
   if (launch.variant && launch.blocks > 0) launch.variant->launch(params, launch.blocks, stream);
 }
 
-// Names a result whose rows behind the last of packed sequences are to be set.
-void add_tail(ClearTailParams* params, const Problem& p, const View4& view, int64_t heads, int64_t columns,
-              DType dtype, bool keys, bool to_minus_infinity = false) {
-  const Packing& packing = p.packing;
-  const int64_t total = keys ? packing.total_kv : packing.total_q;
+// Names a result whose rows that no packed sequence has are to be set.
+void add_result(ClearUnownedParams* params, const SequenceRows& rows, const View4& view, int64_t heads,
+                int64_t columns, DType dtype, bool to_minus_infinity = false) {
   constexpr int64_t kElementsOfBlock = 16 * 1024, kMostBlocks = 1024;
-  const int64_t blocks = std::min(total * heads * columns / kElementsOfBlock + 1, kMostBlocks);
+  const int64_t blocks = std::min(rows.total * heads * columns / kElementsOfBlock + 1, kMostBlocks);
   params->blocks = std::max(params->blocks, blocks);
-  params->batch = p.batch;
-  params->tails[params->count++] = {view,
-                                    heads,
-                                    columns,
-                                    total,
-                                    int(size_of(dtype)),
-                                    to_minus_infinity,
-                                    keys ? packing.starts_kv : packing.starts_q};
+  params->results[params->count++] = {view, heads, columns, int(size_of(dtype)), to_minus_infinity, rows};
 }
 
 // Kernels count the elements of a block in 32 bits.
@@ -60,15 +51,16 @@ void update_cache(const Problem& p, const CacheUpdate& update, Stream stream) {
   CacheParams params;
   params.problem = p;
   params.update = update;
-  const auto launch = [&](bool queries, int64_t rows) {
-    constexpr int64_t kRowsOfBlock = 4, kMostBlocks = 1 << 20;
-    if (rows <= 0) return;
+  const auto launch = [&](bool queries, int64_t blocks) {
+    constexpr int64_t kMostBlocks = 1 << 20;
+    if (blocks <= 0) return;
     params.queries = queries;
-    params.blocks = std::min((rows + kRowsOfBlock - 1) / kRowsOfBlock, kMostBlocks);
+    params.blocks = std::min(blocks, kMostBlocks);
     update_cache(params, stream);
   };
-  if (update.k.present()) launch(false, p.batch * p.cache.added * p.heads_kv);
-  if (update.turned.present()) launch(true, p.batch * p.seq_q * p.heads_q);
+  if (update.k.present() && p.heads_kv > 0) launch(false, p.batch * params.runs());
+  if (update.turned.present())
+    launch(true, (p.batch * p.seq_q * p.heads_q + CacheParams::kWarps - 1) / CacheParams::kWarps);
 }
 
 void forward(const ForwardCall& call, const Plan& plan, void* workspace, Stream stream) {
@@ -98,13 +90,14 @@ void forward(const ForwardCall& call, const Plan& plan, void* workspace, Stream 
   params.order = plan.merge_partials.order;
   run(plan.merge_partials, &params, stream);
   if (!p.packing.present()) return;
-  ClearTailParams tails;
-  add_tail(&tails, p, call.out, p.heads_q, p.dim_v, p.dtype, false);
+  ClearUnownedParams unowned;
+  unowned.batch = p.batch;
+  add_result(&unowned, p.query_rows(), call.out, p.heads_q, p.dim_v, p.dtype);
   if (const RowValues<void>& lse = call.lse; lse.present()) {
-    add_tail(&tails, p, {lse.data, {0, lse.head_stride, 1, 0}}, p.heads_q, 1, lse_dtype(p.dtype), false,
-             true);
+    const View4 view = {lse.data, {0, lse.head_stride, 1, 0}};
+    add_result(&unowned, p.query_rows(), view, p.heads_q, 1, lse_dtype(p.dtype), true);
   }
-  clear_tails(tails, stream);
+  clear_unowned(unowned, stream);
 }
 
 void backward(const BackwardCall& call, const Plan& plan, void* workspace, Stream stream) {
@@ -148,11 +141,12 @@ void backward(const BackwardCall& call, const Plan& plan, void* workspace, Strea
     run(*launch, &params, stream);
   }
   if (!p.packing.present()) return;
-  ClearTailParams tails;
-  add_tail(&tails, p, call.dq, p.heads_q, p.dim, p.dtype, false);
-  add_tail(&tails, p, call.dk, p.heads_kv, p.dim, p.dtype, true);
-  add_tail(&tails, p, call.dv, p.heads_kv, p.dim_v, p.dtype, true);
-  clear_tails(tails, stream);
+  ClearUnownedParams unowned;
+  unowned.batch = p.batch;
+  add_result(&unowned, p.query_rows(), call.dq, p.heads_q, p.dim, p.dtype);
+  add_result(&unowned, p.key_rows(), call.dk, p.heads_kv, p.dim, p.dtype);
+  add_result(&unowned, p.key_rows(), call.dv, p.heads_kv, p.dim_v, p.dtype);
+  clear_unowned(unowned, stream);
 }
 
 }  // namespace fae::cuda
