@@ -231,25 +231,6 @@ def test_trees(packing_target):
     compare(*call, packing_target.backend, {}, dict(mask=dense), mask=TreeMask(parents))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "portable", "standard"])
-def test_mask_and_bias_for_longer_sequences_than_there_are(backend):
-    """They have the size of max_seqlen, whatever the batch holds."""
-    lengths_q, lengths_k, longest = [2, 0, 3], [4, 1, 2], (9, 8)
-    q, k, v, dout, _ = packed(lengths_q, lengths_k)
-    mask = torch.rand(3, 1, *longest, generator=torch.Generator().manual_seed(3)) > 0.3
-    bias = torch.randn(1, 4, *longest, dtype=torch.float64, requires_grad=True)
-    got, want = (
-        fae.flash_attention_varlen(
-            q, k, v, cu(lengths_q), cu(lengths_k), *sizes, mask=mask[..., : sizes[0], : sizes[1]],
-            bias=bias[..., : sizes[0], : sizes[1]], backend=backend,
-        )
-        for sizes in (longest, (3, 4))
-    )  # fmt: skip
-    assert torch.equal(got, want)
-    grads = [torch.autograd.grad(out, bias, dout)[0] for out in (got, want)]
-    assert torch.equal(*grads) and grads[0].any() and not grads[0][..., 3:, :].any()
-
-
 def test_rows_of_no_sequence(packing_target):
     """They are 0 and -inf, get no gradient, and are not read: not even a NaN."""
     lengths = [5, 3], [4, 7]

@@ -35,13 +35,15 @@ class DirectBackward : private BackwardRows<P, S> {
   void run_head(int64_t unit) {
     this->select_head(unit);
     const int64_t rows = this->row_count();
-    this->load_rows(0, rows, nullptr);
+    this->begin_queries(0, rows);
+    this->load_rows(0, rows, delta());
     const bool finite = widen(p_.q, rows, p_.dim, dim_padded_, q_wide_) &
                         widen(call_.dout, rows, p_.dim_v, dim_v_padded_, dout_wide_);
     skips_hidden_ = !finite;
     run_blocks(rows);
     if (finite && !all_finite(dq_, rows * dim_padded_)) {
       skips_hidden_ = true;
+      this->begin_queries(0, rows);
       run_blocks(rows);
     }
     this->store_queries(0, rows);
@@ -66,7 +68,6 @@ class DirectBackward : private BackwardRows<P, S> {
   }
 
   void run_blocks(int64_t rows) {
-    this->begin_queries(0, rows);
     for (int64_t k = 0; k < sequence_.seq_kv; k += plan_.block_kv) run_block(rows, k);
   }
 
