@@ -31,6 +31,7 @@ class Decode : private ForwardRows<P, S> {
     if constexpr (P::kPair > 1) weights_ = arena_.template take<Operand>(kDirectRows * score_ld());
     else weights_ = scores_;
     seen_ = arena_.template take<S>(plan.block_kv * p_.dim_v);
+    if (p_.cache.pages.present()) piece_ = arena_.template take<Real>(kDirectRows * dim_v_padded_);
   }
   size_t bytes() const { return arena_.used(); }
 
@@ -161,27 +162,59 @@ class Decode : private ForwardRows<P, S> {
       alpha[i] = this->softmax(i, refs[i], mask.begin, columns, scores_ + i * ld, weights_ + i * ld);
     }
     const auto accumulate = [&](int64_t done, const typename Products::Rows& values, int64_t count) {
-      if (skips_hidden_) {
-        accumulate_seen(refs, rows, alpha, mask.begin + done, weights_ + done, values, count);
-      } else {
-        Products::accumulate(weights_ + done, ld, rows, alpha, values, count, p_.dim_v, acc_, dim_v_padded_);
-      }
-      for (int i = 0; i < rows; ++i) alpha[i] = 1;
+      add_values(refs, rows, alpha, mask.begin, keys, done, values, count);
     };
     if (by_page(mask.begin)) for_each_page(p_.v, p_.dim_v, mask.begin, keys, accumulate);
     else accumulate(0, in_one_place(p_.v, mask.begin, keys, p_.dim_v), keys);
   }
 
-  // The same sums, to the bit, but of values that a row sees, n of them from key `key` on.
-  void accumulate_seen(const RowRef* refs, int rows, const Real* alpha, int64_t key, const Operand* weights,
-                       const typename Products::Rows& values, int64_t n) {
+  // Adds `count` values, from the one at `done` on of all keys from k_begin on; factors of what was there
+  // before are 1 once they were heeded. A piece of a long sum that lies in several pages is summed up by
+  // itself, so that pages do not show.
+  void add_values(const RowRef* refs, int rows, Real* alpha, int64_t k_begin, int64_t keys, int64_t done,
+                  const typename Products::Rows& values, int64_t count) {
+    constexpr int64_t kPiece = Products::kLongestSum;
+    for (int64_t i = 0, n; i < count; i += n, done += n) {
+      const int64_t begun = done % kPiece, left = kPiece - begun;
+      n = count - i < left ? count - i : left;
+      const bool ends = n == left || done + n == keys;
+      const auto from = values.from_row(i);
+      if (begun == 0 && ends) {
+        add_seen(refs, rows, alpha, k_begin, done, from, n, acc_);
+      } else {
+        if (begun == 0) {
+          for (int64_t c = 0; c < rows * dim_v_padded_; c += V::kWidth) V::store(piece_ + c, V::zero());
+        }
+        add_seen(refs, rows, nullptr, k_begin, done, from, n, piece_);
+        if (ends) add_piece(rows, alpha);
+      }
+      for (int r = 0; r < rows && ends; ++r) alpha[r] = 1;
+    }
+  }
+  void add_piece(int rows, const Real* alpha) {
+    for (int r = 0; r < rows; ++r) {
+      const auto factor = V::set1(alpha[r]);
+      Real* const acc = acc_ + r * dim_v_padded_;
+      for (int64_t c = 0; c < dim_v_padded_; c += V::kWidth)
+        V::store(acc + c, V::fma(factor, V::load(acc + c), V::load(piece_ + r * dim_v_padded_ + c)));
+    }
+  }
+
+  // n values to `acc`, as accumulate() does; of those that a row does not see nothing, if need be.
+  void add_seen(const RowRef* refs, int rows, const Real* alpha, int64_t k_begin, int64_t done,
+                const typename Products::Rows& values, int64_t n, Real* acc) {
+    const int64_t ld = score_ld();
+    if (!skips_hidden_) {
+      Products::accumulate(weights_ + done, ld, rows, alpha, values, n, p_.dim_v, acc, dim_v_padded_);
+      return;
+    }
     for (int r = 0; r < rows; ++r) {
       const auto sees = [&](int64_t i) {
-        return is_visible(p_, sequence_, b_, refs[r].head, refs[r].query, key + i);
+        return is_visible(p_, sequence_, b_, refs[r].head, refs[r].query, k_begin + done + i);
       };
       Products::copy_seen(values, n, p_.dim_v, sees, seen_);
-      Products::accumulate(weights + r * score_ld(), score_ld(), 1, alpha + r, {{seen_, p_.dim_v, 1}, 0}, n,
-                           p_.dim_v, acc_ + r * dim_v_padded_, dim_v_padded_);
+      Products::accumulate(weights_ + r * ld + done, ld, 1, alpha ? alpha + r : nullptr,
+                           {{seen_, p_.dim_v, 1}, 0}, n, p_.dim_v, acc + r * dim_v_padded_, dim_v_padded_);
     }
   }
 
@@ -204,6 +237,7 @@ class Decode : private ForwardRows<P, S> {
   Real* scores_;                        // [kDirectRows][score_ld()]
   Operand* weights_;                    // the same, as operands: scores_ itself where these are Real
   S* seen_;                             // [block_kv][dim_v]
+  Real* piece_ = nullptr;               // [kDirectRows][dim_v_padded], with pages
   bool skips_hidden_ = false;           // values of hidden keys are not even multiplied by 0
 };
 

@@ -74,18 +74,22 @@ class Direct {
     }
   }
 
+  static constexpr int64_t kLongestSum = P::kLongestSum;
+
   // acc[r] = alpha[r] acc[r] + sum_j p[r][j] values[j]; acc: [rows][acc_ld], whole vectors. p[r] is read up
-  // to whole pairs, and finite there. Long sums are taken in pieces; see multiply_tile().
+  // to whole pairs, and finite there. Long sums are taken in pieces; see multiply_tile(). Without alpha the
+  // sum goes on from acc, at most to the end of its piece.
   static void accumulate(const Operand* p, int64_t p_ld, int rows, const Real* alpha, const Rows& values,
                          int64_t n, int64_t dim_v, Real* acc, int64_t acc_ld) {
     Real one[kGroup];
     for (int r = 0; r < kGroup; ++r) one[r] = 1;
-    for (int64_t k = 0; k < n; k += P::kLongestSum) {
-      const int64_t count = n - k < P::kLongestSum ? n - k : P::kLongestSum;
+    for (int64_t k = 0; k < n; k += kLongestSum) {
+      const int64_t count = n - k < kLongestSum ? n - k : kLongestSum;
       for (int r = 0; r < rows; r += kGroup) {
         const int group = rows - r < kGroup ? rows - r : kGroup;
-        add_fn<kGroup>(group)(p + r * p_ld + k, p_ld, k == 0 ? alpha + r : one, values.from_row(k), count,
-                              dim_v, acc + r * acc_ld, acc_ld);
+        const Real* const factors = !alpha ? nullptr : k == 0 ? alpha + r : one;
+        add_fn<kGroup>(group)(p + r * p_ld + k, p_ld, factors, values.from_row(k), count, dim_v,
+                              acc + r * acc_ld, acc_ld);
       }
     }
   }
@@ -285,7 +289,7 @@ class Direct {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-      for (int j = 0; j < kVecs; ++j) sum[r][j] = V::zero();
+      for (int j = 0; j < kVecs; ++j) sum[r][j] = alpha ? V::zero() : V::load(acc + r * acc_ld + c + j * W);
     }
     // The first pass fetches for all.
     const int64_t fetched = c == 0 ? dim_v : 0;
@@ -313,7 +317,7 @@ class Direct {
 #pragma GCC unroll 8
       for (int j = 0; j < kVecs; ++j) {
         Real* const to = acc + r * acc_ld + c + j * W;
-        V::store(to, V::fma(V::set1(alpha[r]), V::load(to), sum[r][j]));
+        V::store(to, alpha ? V::fma(V::set1(alpha[r]), V::load(to), sum[r][j]) : sum[r][j]);
       }
     }
   }
