@@ -36,8 +36,8 @@ ENCODER = dict(
     hidden_dropout_prob=0.0,
     attention_probs_dropout_prob=0.0,
 )
-SEQ2SEQ = dict(
-    vocab_size=VOCAB,
+# Of an encoder and a decoder.
+BOTH = dict(
     d_model=32,
     encoder_layers=2,
     decoder_layers=2,
@@ -45,14 +45,11 @@ SEQ2SEQ = dict(
     decoder_attention_heads=4,
     encoder_ffn_dim=48,
     decoder_ffn_dim=48,
-    max_position_embeddings=64,
     dropout=0.0,
     attention_dropout=0.0,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-    decoder_start_token_id=1,
 )
+TEXT = dict(vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
+SEQ2SEQ = dict(**BOTH, **TEXT, max_position_embeddings=64)
 
 
 def _configs() -> dict:
@@ -126,23 +123,11 @@ def _configs() -> dict:
         "whisper": (
             hf.WhisperForConditionalGeneration,
             hf.WhisperConfig(
-                vocab_size=VOCAB,
+                **BOTH,
+                **TEXT,
                 num_mel_bins=8,
-                d_model=32,
-                encoder_layers=2,
-                decoder_layers=2,
-                encoder_attention_heads=4,
-                decoder_attention_heads=4,
-                encoder_ffn_dim=48,
-                decoder_ffn_dim=48,
                 max_source_positions=12,
                 max_target_positions=64,
-                dropout=0.0,
-                attention_dropout=0.0,
-                pad_token_id=0,
-                bos_token_id=1,
-                eos_token_id=2,
-                decoder_start_token_id=1,
             ),
         ),
         "vit": (
@@ -176,19 +161,11 @@ def _configs() -> dict:
         "informer": (
             hf.InformerModel,
             hf.InformerConfig(
+                **BOTH,
                 prediction_length=6,
                 context_length=12,
                 lags_sequence=[1, 2],
                 num_time_features=1,
-                d_model=32,
-                encoder_layers=2,
-                decoder_layers=2,
-                encoder_attention_heads=4,
-                decoder_attention_heads=4,
-                encoder_ffn_dim=48,
-                decoder_ffn_dim=48,
-                dropout=0.0,
-                attention_dropout=0.0,
                 attention_type="full",
             ),
         ),

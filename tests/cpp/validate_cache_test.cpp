@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/describe_cache.h"
+#include "described.h"
 
 namespace fae {
 namespace {
@@ -13,17 +14,8 @@ namespace {
 using Kind = CallError::Kind;
 
 TensorDesc on_device(const std::vector<int64_t>& shape, DType dtype = DType::kFloat32) {
-  TensorDesc d;
-  d.present = true;
-  d.dtype = dtype;
+  TensorDesc d = testing::described(shape, dtype);
   d.device = "cuda:0";
-  d.rank = int(shape.size());
-  int64_t step = 1;
-  for (int i = d.rank; i-- > 0;) {
-    d.shape[i] = shape[size_t(i)];
-    d.stride[i] = step;
-    step *= shape[size_t(i)];
-  }
   return d;
 }
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/describe.h"
+#include "described.h"
 
 namespace fae {
 namespace {
@@ -14,17 +15,7 @@ namespace {
 using Kind = CallError::Kind;
 
 TensorDesc tensor(const std::vector<int64_t>& shape, DType t = DType::kFloat32) {
-  TensorDesc d;
-  d.present = true;
-  d.dtype = t;
-  d.rank = int(shape.size());
-  int64_t step = 1;
-  for (int i = d.rank; i-- > 0;) {
-    d.shape[i] = shape[size_t(i)];
-    d.stride[i] = step;
-    step *= shape[size_t(i)];
-  }
-  return d;
+  return testing::described(shape, t);
 }
 
 CallDesc good_call() {
