@@ -276,3 +276,16 @@ def test_any_split_merges(target, seq, cut, causal, seed):
     grads = [torch.autograd.grad(pair, leaves, (inputs.dout, inputs.dlse)) for pair in (merged, whole)]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("seq_q", "seq_kv"), [(128, 8192), (12, 2048)])
+def test_the_error_of_float32_grows_with_the_context_no_faster_than_unfused(seq_q, seq_kv, cpu_target):
+    """Values of one sign, whose running sum would lose the most."""
+    g = torch.Generator().manual_seed(7)
+    q, k = torch.randn(seq_q, 64, generator=g), torch.randn(seq_kv, 64, generator=g)
+    v = torch.rand(seq_kv, 64, generator=g)
+    exact = torch.softmax(q.double() @ k.double().mT / 8, -1) @ v.double()
+    unfused = torch.softmax(q @ k.mT / 8, -1) @ v
+    last_bits = 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+    error, allowed = ((x - exact).abs().max() for x in (fae.flash_attention(q, k, v), unfused))
+    assert error <= allowed + last_bits
